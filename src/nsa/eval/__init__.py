@@ -1,0 +1,1 @@
+"""Evaluation: perplexity by position, needle in a haystack, task suites."""

@@ -1,0 +1,1 @@
+"""Looking inside: selections, gates and attention of a model on a text."""

@@ -1,0 +1,1 @@
+"""Hugging Face config and model, and conversion of dense checkpoints."""

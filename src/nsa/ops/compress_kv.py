@@ -1,0 +1,196 @@
+"""Public op: learned compression of keys and values (phi of eq. 7)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nsa import reference
+from nsa.ops import checks
+from nsa.ops.backend import no_kernel, resolve_backend
+
+KINDS = ("mlp", "linear", "gated", "mean")
+
+
+class CompressorWeights(NamedTuple):
+    """Weights of one phi. Which are needed, and their shapes, depend on the kind; see ``compress_kv``."""
+
+    pe: Tensor | None = None
+    w1: Tensor | None = None
+    w2: Tensor | None = None
+
+
+def compress_kv(
+    k: Tensor,
+    v: Tensor,
+    phi_k: CompressorWeights = CompressorWeights(),  # noqa: B008
+    phi_v: CompressorWeights = CompressorWeights(),  # noqa: B008
+    *,
+    kind: str,
+    compress_block_size: int,
+    compress_stride: int,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Maps each block of ``compress_block_size`` tokens, one every ``compress_stride``, to one key and one value (eq. 7).
+
+    With ``x`` the block plus its intra-block positions ``pe``: "mean" is ``mean(x)``; "linear" ``W1 flatten(x)``;
+    "gated" ``sum_s softmax_s(W1 x_s) * x_s``; "mlp" ``mean(x) + W2 silu(W1 flatten(x))``.
+
+    Args:
+        k: keys before rotation ``[batch, seq, kv_heads, Dk]``, or packed ``[tokens, kv_heads, Dk]``.
+        v: values ``[batch, seq, kv_heads, Dv]``, or packed.
+        phi_k: weights for keys: ``pe [kv_heads, block, D]``; ``w1`` is ``[D, block * D]`` (linear), ``[D, D]`` (gated) or
+            ``[F, block * D]`` (mlp); ``w2 [D, F]`` (mlp). "mean" takes none.
+        phi_v: weights for values.
+        kind: "mlp", "linear", "gated" or "mean".
+        compress_block_size: tokens per block.
+        compress_stride: tokens between blocks.
+        cu_seqlens: int32 ``[num_seqs + 1]``, exactly when k is packed.
+        backend: ``"reference"`` or ``"kernel"``; by device if None.
+
+    Returns:
+        ``k_cmp [batch, T_c, kv_heads, Dk]`` and ``v_cmp``, with ``T_c = (seq - block) // stride + 1`` (0 below a block).
+        Packed: ``[tokens // stride, ...]``; sequence ``b`` starts at slot ``cu_seqlens[b] // stride``, unused slots are 0.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or weights do not fit; the message names the argument.
+
+    Example:
+        >>> k = v = torch.randn(1, 64, 2, 16)
+        >>> compress_kv(k, v, kind="mean", compress_block_size=32, compress_stride=16)[0].shape
+        torch.Size([1, 3, 2, 16])
+    """
+    checks.geometry(compress_block_size, compress_stride)
+    checks.mode("k", k, cu_seqlens)
+    checks.same_kind("v", v, k)
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            f"v: expected {list(k.shape[:-1])} + [dim] like k, got {checks.describe(v)}."
+        )
+    outputs = []
+    for x, phi, side in ((k, phi_k, "phi_k"), (v, phi_v, "phi_v")):
+        _check_weights(x, phi, side, kind, compress_block_size)
+        outputs.append(
+            compress_fwd(
+                x,
+                *phi,
+                cu_seqlens,
+                kind,
+                compress_block_size,
+                compress_stride,
+                resolve_backend(x, backend),
+            )
+        )
+    return outputs[0], outputs[1]
+
+
+def _check_weights(x: Tensor, phi: CompressorWeights, side: str, kind: str, block: int) -> None:
+    num_kv_heads, dim = x.shape[-2:]
+    hidden = phi.w1.shape[0] if kind == "mlp" and phi.w1 is not None else dim
+    pe = [num_kv_heads, block, dim]
+    expected: dict[str, tuple[list[int] | None, ...]] = {
+        "mlp": (pe, [hidden, block * dim], [dim, hidden]),
+        "linear": (pe, [dim, block * dim], None),
+        "gated": (pe, [dim, dim], None),
+        "mean": (None, None, None),
+    }
+    if kind not in expected:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}.")
+    for name, weight, shape in zip(phi._fields, phi, expected[kind], strict=True):
+        found = None if weight is None else list(weight.shape)
+        if found != shape:
+            raise ValueError(f"{side}.{name}: expected {shape} for kind {kind!r}, got {found}.")
+        if weight is not None and (weight.dtype != x.dtype or weight.device != x.device):
+            raise ValueError(
+                f"{side}.{name}: expected {x.dtype} on {x.device} like the tokens, got {weight.dtype} on {weight.device}."
+            )
+
+
+@torch.library.custom_op("nsa::compress_fwd", mutates_args=())
+def compress_fwd(
+    x: Tensor,
+    pe: Tensor | None,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kind: str,
+    compress_block_size: int,
+    compress_stride: int,
+    backend: str,
+) -> Tensor:
+    """phi of one tensor."""
+    if backend == "kernel":
+        raise no_kernel("compress_kv")
+    return reference.compress_fwd(
+        x,
+        pe,
+        w1,
+        w2,
+        cu_seqlens=cu_seqlens,
+        kind=kind,
+        compress_block_size=compress_block_size,
+        compress_stride=compress_stride,
+    )
+
+
+@compress_fwd.register_fake
+def _(x, pe, w1, w2, cu_seqlens, kind, compress_block_size, compress_stride, backend):
+    if cu_seqlens is not None:
+        return x.new_empty(x.shape[0] // compress_stride, *x.shape[1:])
+    seq = x.shape[1]
+    blocks = 0 if seq < compress_block_size else (seq - compress_block_size) // compress_stride + 1
+    return x.new_empty(x.shape[0], blocks, *x.shape[2:])
+
+
+@torch.library.custom_op("nsa::compress_bwd", mutates_args=())
+def compress_bwd(
+    dout: Tensor,
+    x: Tensor,
+    pe: Tensor | None,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kind: str,
+    compress_block_size: int,
+    compress_stride: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(dx, dpe, dw1, dw2)``; an empty tensor for each weight that is None."""
+    if backend == "kernel":
+        raise no_kernel("compress_kv")
+    return reference.compress_bwd(
+        dout,
+        x,
+        pe,
+        w1,
+        w2,
+        cu_seqlens=cu_seqlens,
+        kind=kind,
+        compress_block_size=compress_block_size,
+        compress_stride=compress_stride,
+    )
+
+
+@compress_bwd.register_fake
+def _(dout, x, pe, w1, w2, cu_seqlens, kind, compress_block_size, compress_stride, backend):
+    return tuple(x.new_empty(0 if like is None else like.shape) for like in (x, pe, w1, w2))
+
+
+def _setup_context(ctx, inputs, output):
+    x, pe, w1, w2, cu_seqlens, *ctx.constants = inputs
+    ctx.save_for_backward(x, pe, w1, w2, cu_seqlens)
+
+
+def _backward(ctx, dout):
+    x, pe, w1, w2, cu_seqlens = ctx.saved_tensors
+    grads = compress_bwd(dout, x, pe, w1, w2, cu_seqlens, *ctx.constants)
+    given = [
+        None if like is None else grad for like, grad in zip((x, pe, w1, w2), grads, strict=True)
+    ]
+    return *given, *[None] * (1 + len(ctx.constants))
+
+
+compress_fwd.register_autograd(_backward, setup_context=_setup_context)

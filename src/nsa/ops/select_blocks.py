@@ -1,0 +1,113 @@
+"""Public op: the choice of blocks each query reads (eq. 8-12). It has no gradient."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+
+import torch
+from torch import Tensor
+
+from nsa import reference
+from nsa.config import NSAConfig
+from nsa.ops import checks
+from nsa.ops.backend import no_kernel, resolve_backend
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    *,
+    config: NSAConfig,
+    softmax_scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    q_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Chooses ``config.num_selected_blocks`` blocks per query and kv head from the compressed attention's probabilities.
+
+    The probabilities of all query heads of a kv head are summed (eq. 10) over the compressed blocks that overlap a
+    selection block (eq. 9). The first ``num_init_blocks`` and the ``num_local_blocks`` most recent ones are always
+    chosen; exact ties go to the lower block.
+
+    Args:
+        q: rotated queries ``[batch, seq, heads, Dk]``, or packed ``[tokens, heads, Dk]``.
+        k_cmp: compressed, rotated keys as ``compress_kv`` lays them out.
+        lse: ``[batch, seq, heads]`` from ``compressed_attention`` with the same ``softmax_scale``.
+        config: block sizes and counts.
+        softmax_scale: factor of the logits, ``1 / sqrt(Dk)`` if None.
+        cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed.
+        q_offset: position of the first query in its sequence (batches only).
+        backend: ``"reference"`` or ``"kernel"``; by device if None.
+
+    Returns:
+        int32 ``block_indices [batch, seq, kv_heads, n]``, ascending, unused slots -1 at the end.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; the message names the argument.
+
+    Example:
+        >>> q, k = torch.randn(1, 64, 4, 16), torch.randn(1, 3, 2, 16)
+        >>> _, lse = compressed_attention(q, k, k, compress_block_size=32, compress_stride=16)
+        >>> select_blocks(q, k, lse, config=NSAConfig()).shape
+        torch.Size([1, 64, 2, 16])
+    """
+    checks.config(config)
+    checks.queries(q, cu_seqlens, q_offset)
+    checks.keys_values(q, k_cmp, k_cmp, ("k_cmp", "k_cmp"))
+    checks.compressed_keys(
+        q,
+        k_cmp.shape[-3],
+        "k_cmp",
+        k_cmp,
+        q_offset,
+        config.compress_block_size,
+        config.compress_stride,
+    )
+    checks.log_sum_exp(lse, q)
+    return select_blocks_fwd(
+        q.detach(),
+        k_cmp.detach(),
+        lse.detach(),
+        cu_seqlens,
+        list(astuple(config)),
+        checks.scale(softmax_scale, q.shape[-1]),
+        q_offset,
+        resolve_backend(q, backend),
+    )
+
+
+@torch.library.custom_op("nsa::select_blocks_fwd", mutates_args=())
+def select_blocks_fwd(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    geometry: list[int],
+    softmax_scale: float,
+    q_offset: int,
+    backend: str,
+) -> Tensor:
+    """``block_indices``; ``geometry`` is the config's fields in order."""
+    if backend == "kernel":
+        raise no_kernel("select_blocks")
+    return reference.select_blocks(
+        q,
+        k_cmp,
+        lse,
+        config=config_from(geometry),
+        softmax_scale=softmax_scale,
+        cu_seqlens=cu_seqlens,
+        q_offset=q_offset,
+    )
+
+
+@select_blocks_fwd.register_fake
+def _(q, k_cmp, lse, cu_seqlens, geometry, softmax_scale, q_offset, backend):
+    n = config_from(geometry).num_selected_blocks
+    return q.new_empty((*q.shape[:-2], k_cmp.shape[-2], n), dtype=torch.int32)
+
+
+def config_from(geometry: list[int]) -> NSAConfig:
+    """Undoes ``astuple(config)``: op schemas carry lists of ints, not dataclasses."""
+    return NSAConfig(**dict(zip(NSAConfig.__dataclass_fields__, geometry, strict=True)))
