@@ -1,0 +1,161 @@
+"""The `nsa` command: parses, calls one function of the package, prints.
+
+Commands import what they run inside their body, so that `nsa --help` does not wait for transformers.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from nsa import __version__
+
+app = typer.Typer(
+    name="nsa",
+    help="Native Sparse Attention: train, generate, evaluate, inspect, convert and benchmark.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+# What a command raises when its input is at fault; everything else is a bug and shows its traceback.
+USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
+
+Model = Annotated[Path, typer.Option("--model", help="Folder of a trained model.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1 ...; a GPU if there is one by default.")
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Tokens to write at most; 200 by default.")
+]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
+TopP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Samples from the likeliest tokens of this mass.")
+]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+
+def main() -> None:
+    """Entry point: one line and exit code 2 for bad input, exit code 130 for Ctrl-C.
+
+    `python -X dev -m nsa.cli ...` shows the traceback of bad input too.
+    """
+    console = Console(stderr=True, highlight=False)
+    try:
+        app()
+    except USER_ERRORS as error:
+        if sys.flags.dev_mode:
+            raise
+        message = str(error) or type(error).__name__
+        console.print("Error:", message, style="red", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except SystemExit as leaving:
+        if leaving.code == 130:
+            console.print("Interrupted.", style="yellow")
+        raise
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nsa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of `nsa` itself."""
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="UTF-8 file to continue.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
+    device: Device = None,
+) -> None:
+    """Continue a text; tokens appear as they are made."""
+    from nsa.serve import text
+
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("--prompt, --prompt-file: expected exactly one of them.")
+    given = prompt if prompt_file is None else text.read_prompt(prompt_file)
+    assert given is not None
+    loaded = text.load(model, device=device)
+    typer.echo(given, nl=False)
+    made = loaded.stream(
+        given,
+        on_text=_echo,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    typer.echo()
+    Console(stderr=True).print(made.summary(), style="dim")
+
+
+@app.command()
+def chat(
+    model: Model,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
+    device: Device = None,
+) -> None:
+    """Talk with a model; an empty line or Ctrl-D ends it."""
+    from nsa.serve import text
+
+    talk = text.Chat(text.load(model, device=device))
+    console = Console(stderr=True)
+    console.print(talk.introduction(), style="dim")
+    while message := _ask():
+        made = talk.reply(
+            message,
+            on_text=_echo,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+        typer.echo()
+        console.print(made.summary(), style="dim")
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        typer.echo()
+        return ""
+
+
+def _echo(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+@app.command()
+def env(device: Device = None) -> None:
+    """Show versions, the device, and which code each operation runs on it and why."""
+    from nsa.bench import environment
+
+    environment.show(Console(), device)
+
+
+if __name__ == "__main__":
+    main()
