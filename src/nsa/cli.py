@@ -1,6 +1,6 @@
 """The `nsa` command: parses, calls one function of the package, prints.
 
-Commands import what they run inside their body, so that `nsa --help` does not wait for transformers.
+Commands import what they run inside their body: `nsa --help` does not wait for transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
-# What a command raises when its input is at fault; everything else is a bug and shows its traceback.
+# What a command raises when its input or the machine is at fault; all else is a bug of ours and
+# shows its traceback, as does an ImportError that does not name an extra to install.
 USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
 
 Model = Annotated[Path, typer.Option("--model", help="Folder of a trained model.")]
@@ -50,7 +51,8 @@ def main() -> None:
     try:
         app()
     except USER_ERRORS as error:
-        if sys.flags.dev_mode:
+        ours = isinstance(error, ImportError) and "pip install" not in str(error)
+        if ours or sys.flags.dev_mode:
             raise
         message = str(error) or type(error).__name__
         console.print("Error:", message, style="red", markup=False, soft_wrap=True)
