@@ -1,7 +1,8 @@
-"""Geometry of Native Sparse Attention (arXiv 2502.11089, section 3): the integers every operation agrees on.
+"""Geometry of Native Sparse Attention: the integers every operation agrees on.
 
-Standard library only, so that a config can be read, checked and stored without loading PyTorch. Widths, heads and the
-kind of compressor belong to the model, not here.
+Symbols are those of arXiv 2502.11089, section 3. Standard library only, so that a config can be
+read, checked and stored without loading PyTorch. Widths, heads and the kind of compressor belong to
+the model, not here.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class NSAConfig:
         window_size: keys the window branch sees, the query's own token included (w).
 
     Raises:
-        ValueError: a value is not a positive integer (zero is allowed for the two forced counts), or the values do not
-            fit together. Eq. 9 needs l <= l', d | l and d | l'.
+        ValueError: a value is not a positive integer (zero is allowed for the two forced counts),
+            or the values do not fit together. Eq. 9 needs l <= l', d | l and d | l'.
 
     Example:
         >>> NSAConfig(window_size=256).num_compressed(100)
@@ -57,19 +58,19 @@ class NSAConfig:
         for name in ("compress_block_size", "block_size"):
             if getattr(self, name) % self.compress_stride:
                 raise ValueError(
-                    f"{name}: expected a multiple of compress_stride = {self.compress_stride} (eq. 9), "
-                    f"got {getattr(self, name)}. Choose a stride that divides it."
+                    f"{name}: expected a multiple of compress_stride = {self.compress_stride} "
+                    f"(eq. 9), got {getattr(self, name)}. Choose a stride that divides it."
                 )
         forced = self.num_init_blocks + self.num_local_blocks
         if self.num_selected_blocks < forced:
             raise ValueError(
-                f"num_selected_blocks: expected at least num_init_blocks + num_local_blocks = {forced}, since forced "
-                f"blocks are counted in it, got {self.num_selected_blocks}."
+                "num_selected_blocks: expected at least num_init_blocks + num_local_blocks = "
+                f"{forced}, since forced blocks are counted in it, got {self.num_selected_blocks}."
             )
 
     @classmethod
     def paper(cls) -> NSAConfig:
-        """The paper's 27B model: 32/16/64, 16 blocks of which 1 initial and 2 local, window 512 (section 4.1)."""
+        """The paper's 27B model (section 4.1): 32/16/64, 16 blocks (1 initial, 2 local), 512."""
         return cls()
 
     @classmethod
@@ -96,8 +97,9 @@ class NSAConfig:
     def importance_weights(self) -> tuple[int, ...]:
         """Weights that turn compressed scores into block scores (eq. 9, 0-based).
 
-        Entry ``i`` is the weight of compressed block ``(l'/d) j + i - (l/d - 1)`` for selection block ``j``: how many
-        stride-long pieces of block ``j`` that compressed block covers. The paper's 32/16/64 gives (1, 2, 2, 2, 1).
+        Entry ``i`` is the weight of compressed block ``(l'/d) j + i - (l/d - 1)`` for selection
+        block ``j``: how many stride-long pieces of block ``j`` that compressed block covers. The
+        paper's 32/16/64 gives (1, 2, 2, 2, 1).
         """
         per_block = self.block_size // self.compress_stride
         per_window = self.compress_block_size // self.compress_stride

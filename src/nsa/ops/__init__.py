@@ -1,7 +1,10 @@
-"""Operations: checks at the public edge, one ``torch.library`` op per half (forward, backward), fakes and autograd.
+"""Operations: public functions over ``torch.library`` custom ops.
 
-Layout is ``[batch, seq, heads, dim]``; rank 3, ``[tokens, heads, dim]``, means packed sequences and needs
-``cu_seqlens``. Tensors on a GPU run the kernels, all others the PyTorch reference; ``backend`` forces either.
+Each has checks at the public edge, one op per half (forward, backward), a fake and autograd.
+
+Layout is ``[batch, seq, heads, dim]``; rank 3, ``[tokens, heads, dim]``, means packed sequences and
+needs ``cu_seqlens``. Tensors on a GPU run the kernels, all others the PyTorch reference;
+``backend`` forces either.
 """
 
 from nsa.ops.compress_kv import CompressorWeights, compress_kv

@@ -10,7 +10,9 @@ BACKENDS = ("reference", "kernel")
 
 
 def resolve_backend(tensor: Tensor, backend: str | None) -> str:
-    """``backend`` if given, else ``$NSA_BACKEND`` if set, else kernels for CUDA tensors and the reference elsewhere.
+    """``backend`` if given, else ``$NSA_BACKEND`` if set, else by device.
+
+    By device means kernels for CUDA tensors and the reference elsewhere.
 
     Raises:
         ValueError: the name is not one of ``BACKENDS``.
@@ -28,6 +30,6 @@ def resolve_backend(tensor: Tensor, backend: str | None) -> str:
 def no_kernel(operation: str) -> NotImplementedError:
     """The error of an operation that has no kernel for what was asked."""
     return NotImplementedError(
-        f"{operation}: there is no GPU kernel for it yet. Pass backend='reference' (or set NSA_BACKEND=reference) to run "
-        "the PyTorch reference, which works on any device."
+        f"{operation}: there is no GPU kernel for it yet. Pass backend='reference' (or set "
+        "NSA_BACKEND=reference) to run the PyTorch reference, which works on any device."
     )

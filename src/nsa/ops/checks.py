@@ -1,8 +1,9 @@
-"""Checks of the public edge. Each raises ``ValueError`` saying what was expected, what came, and what to do."""
+"""Checks of the public edge: each ``ValueError`` says what was expected, what came, what to do."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def scale(softmax_scale: float | None, head_dim: int) -> float:
 
 
 def mode(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Rank 4 is a batch, rank 3 is packed and needs ``cu_seqlens``; at least one sequence either way."""
+    """Rank 4 is a batch, rank 3 is packed with ``cu_seqlens``; at least one sequence either way."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}.")
     if x.layout != torch.strided:
@@ -36,16 +37,18 @@ def mode(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
         )
     if x.dtype not in FLOATS:
         raise ValueError(
-            f"{name}: expected a floating dtype, got {describe(x)}. Cast it, for example with .float()."
+            f"{name}: expected a floating dtype, got {describe(x)}. Cast it, for "
+            "example with .float()."
         )
     if x.dim() not in (3, 4):
         raise ValueError(
-            f"{name}: expected [batch, seq, heads, dim], or [tokens, heads, dim] with cu_seqlens, got {describe(x)}."
+            f"{name}: expected [batch, seq, heads, dim], or [tokens, heads, dim] with cu_seqlens, "
+            f"got {describe(x)}."
         )
     if x.dim() == 4 and cu_seqlens is not None:
         raise ValueError(
-            f"cu_seqlens: expected None with a batch, but {name} is {describe(x)}. Drop cu_seqlens, or pack the "
-            "sequences into [tokens, heads, dim]."
+            f"cu_seqlens: expected None with a batch, but {name} is {describe(x)}. Drop "
+            "cu_seqlens, or pack the sequences into [tokens, heads, dim]."
         )
     if x.dim() == 4 and x.shape[0] == 0:
         raise ValueError(
@@ -58,42 +61,44 @@ def mode(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
 def packed_lengths(cu_seqlens: Tensor | None, name: str, x: Tensor) -> None:
     """int32 ``[num_seqs + 1]``, from 0 to the number of tokens, not decreasing.
 
-    The values are read on the CPU only: elsewhere, and while a graph is being traced, reading them would wait for the
-    device.
+    The values are read on the CPU only: elsewhere, and while a graph is being traced, reading them
+    would wait for the device.
     """
     num_tokens = x.shape[0]
     if cu_seqlens is None:
         raise ValueError(
-            f"cu_seqlens: required, because {name} is packed, {describe(x)}. Pass int32 [num_seqs + 1], or a batch of "
-            "rank 4."
+            f"cu_seqlens: required, because {name} is packed, {describe(x)}. Pass int32 "
+            "[num_seqs + 1], or a batch of rank 4."
         )
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
-            f"cu_seqlens: expected int32 [num_seqs + 1] with at least one sequence, got {describe(cu_seqlens)}. "
-            "Cast it with .int()."
+            "cu_seqlens: expected int32 [num_seqs + 1] with at least one sequence, got "
+            f"{describe(cu_seqlens)}. Cast it with .int()."
         )
     if cu_seqlens.device != x.device:
         raise ValueError(
-            f"cu_seqlens: expected on {x.device} like {name}, got {cu_seqlens.device}. Move it with .to()."
+            f"cu_seqlens: expected on {x.device} like {name}, got {cu_seqlens.device}. Move it "
+            "with .to()."
         )
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != num_tokens:
         raise ValueError(
-            f"cu_seqlens: expected to start at 0 and to end at the number of tokens = {num_tokens}, got "
-            f"{bounds[0]} and {bounds[-1]}."
+            "cu_seqlens: expected to start at 0 and to end at the number of tokens = "
+            f"{num_tokens}, got {bounds[0]} and {bounds[-1]}."
         )
-    if any(b < a for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
+    if any(b < a for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens: expected values that never decrease, got {bounds}.")
 
 
 def queries(q: Tensor, cu_seqlens: Tensor | None, q_offset: int) -> None:
-    """q is a batch or packed; an offset is for batches only."""
+    """Queries are a batch or packed; an offset is for batches only."""
     mode("q", q, cu_seqlens)
     if q_offset < 0 or (q_offset and q.dim() == 3):
         raise ValueError(
-            f"q_offset: expected 0 with packed sequences and at least 0 with a batch, got {q_offset}."
+            "q_offset: expected 0 with packed sequences and at least 0 with a batch, got "
+            f"{q_offset}."
         )
 
 
@@ -118,7 +123,7 @@ def same_kind(name: str, x: Tensor, q: Tensor) -> None:
 
 
 def keys_values(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str]) -> None:
-    """k and v belong together and to q: ``[batch, keys, kv_heads, Dk]`` and ``[batch, keys, kv_heads, Dv]``."""
+    """Keys and values fit each other and q: ``[batch, keys, kv_heads, Dk]`` and ``[..., Dv]``."""
     for name, x in zip(names, (k, v), strict=True):
         same_kind(name, x, q)
     if k.shape[:-1] != v.shape[:-1]:
@@ -130,41 +135,41 @@ def keys_values(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str]) -> None
     num_heads, num_kv_heads = q.shape[-2], k.shape[-2]
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(
-            f"{names[0]}: expected a number of kv heads that divides the {num_heads} query heads, got {num_kv_heads}. "
-            "The layout is [batch, seq, heads, dim]."
+            f"{names[0]}: expected a number of kv heads that divides the {num_heads} query heads, "
+            f"got {num_kv_heads}. The layout is [batch, seq, heads, dim]."
         )
 
 
 def token_keys(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str], q_offset: int) -> None:
-    """k and v hold one entry per token, up to the last query at least."""
+    """Keys and values hold one entry per token, up to the last query at least."""
     keys_values(q, k, v, names)
     needed = q_offset + q.shape[-3]
     if (q.dim() == 3 and k.shape[0] != needed) or k.shape[-3] < needed:
         exact = "exactly" if q.dim() == 3 else "at least"
         raise ValueError(
-            f"{names[0]}: expected {exact} {needed} keys, since queries reach position q_offset + seq - 1 = {needed - 1}, "
-            f"got {describe(k)}. The layout is [batch, seq, heads, dim]."
+            f"{names[0]}: expected {exact} {needed} keys, since queries reach position q_offset + "
+            f"seq - 1 = {needed - 1}, got {describe(k)}. The layout is [batch, seq, heads, dim]."
         )
 
 
 def compressed_keys(
     q: Tensor, num_compressed: int, name: str, x: Tensor, q_offset: int, block: int, stride: int
 ) -> None:
-    """x holds every compressed block the queries can see; packed: one slot per ``stride`` tokens."""
+    """Enough compressed blocks for the queries; packed: one slot per ``stride`` tokens."""
     if q.dim() == 3:
         expected = q.shape[0] // stride
         if num_compressed != expected:
             raise ValueError(
-                f"{name}: expected total_tokens // compress_stride = {expected} slots for packed sequences, got "
-                f"{describe(x)}. Make it with nsa.compress_kv."
+                f"{name}: expected total_tokens // compress_stride = {expected} slots for packed "
+                f"sequences, got {describe(x)}. Make it with nsa.compress_kv."
             )
         return
     tokens = q_offset + q.shape[1]
     expected = 0 if tokens < block else (tokens - block) // stride + 1
     if num_compressed < expected:
         raise ValueError(
-            f"{name}: expected at least {expected} compressed blocks for {tokens} tokens, got {describe(x)}. Make it with "
-            "nsa.compress_kv."
+            f"{name}: expected at least {expected} compressed blocks for {tokens} tokens, got "
+            f"{describe(x)}. Make it with nsa.compress_kv."
         )
 
 
@@ -172,8 +177,8 @@ def geometry(compress_block_size: int, compress_stride: int) -> None:
     """Positive, the stride divides the block."""
     if compress_stride < 1 or compress_block_size < 1 or compress_block_size % compress_stride:
         raise ValueError(
-            "compress_block_size, compress_stride: expected positive integers, the stride dividing the block size, got "
-            f"{compress_block_size} and {compress_stride}."
+            "compress_block_size, compress_stride: expected positive integers, the stride dividing "
+            f"the block size, got {compress_block_size} and {compress_stride}."
         )
 
 
@@ -192,8 +197,8 @@ def indices(block_indices: Tensor, q: Tensor, k: Tensor) -> None:
         or block_indices.dim() != q.dim()
     ):
         raise ValueError(
-            f"block_indices: expected int32 {expected} + [n], got {describe(block_indices)}. Make them with "
-            "nsa.select_blocks, or cast with .int()."
+            f"block_indices: expected int32 {expected} + [n], got {describe(block_indices)}. Make "
+            "them with nsa.select_blocks, or cast with .int()."
         )
     if block_indices.device != q.device:
         raise ValueError(
@@ -205,7 +210,8 @@ def gates(gates_: Tensor, q: Tensor) -> None:
     """``[batch, seq, heads, 3]`` in the order cmp, slc, win."""
     if list(gates_.shape) != [*q.shape[:-1], 3]:
         raise ValueError(
-            f"gates: expected {[*q.shape[:-1], 3]}, one gate per branch in the order cmp, slc, win, got {describe(gates_)}."
+            f"gates: expected {[*q.shape[:-1], 3]}, one gate per branch in the order cmp, slc, "
+            f"win, got {describe(gates_)}."
         )
     same_kind("gates", gates_, q)
 
@@ -221,6 +227,6 @@ def log_sum_exp(lse: Tensor, q: Tensor) -> None:
     expected = torch.promote_types(q.dtype, torch.float32)
     if lse.dtype != expected or lse.shape != q.shape[:-1] or lse.device != q.device:
         raise ValueError(
-            f"lse: expected {expected} {list(q.shape[:-1])} on {q.device}, got {describe(lse)} on {lse.device}. Take it "
-            "from nsa.compressed_attention."
+            f"lse: expected {expected} {list(q.shape[:-1])} on {q.device}, got {describe(lse)} on "
+            f"{lse.device}. Take it from nsa.compressed_attention."
         )

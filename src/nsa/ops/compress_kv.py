@@ -15,7 +15,7 @@ KINDS = ("mlp", "linear", "gated", "mean")
 
 
 class CompressorWeights(NamedTuple):
-    """Weights of one phi. Which are needed, and their shapes, depend on the kind; see ``compress_kv``."""
+    """Weights of one phi; which are needed depends on the kind (see ``compress_kv``)."""
 
     pe: Tensor | None = None
     w1: Tensor | None = None
@@ -34,16 +34,19 @@ def compress_kv(
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Maps each block of ``compress_block_size`` tokens, one every ``compress_stride``, to one key and one value (eq. 7).
+    """Maps each block of tokens to one compressed key and one compressed value (eq. 7).
 
-    With ``x`` the block plus its intra-block positions ``pe``: "mean" is ``mean(x)``; "linear" ``W1 flatten(x)``;
-    "gated" ``sum_s softmax_s(W1 x_s) * x_s``; "mlp" ``mean(x) + W2 silu(W1 flatten(x))``.
+    A block is ``compress_block_size`` tokens long, and one starts every ``compress_stride`` tokens.
+    With ``x`` the block plus its intra-block positions ``pe``: "mean" is ``mean(x)``; "linear"
+    ``W1 flatten(x)``; "gated" ``sum_s softmax_s(W1 x_s) * x_s``; "mlp"
+    ``mean(x) + W2 silu(W1 flatten(x))``.
 
     Args:
-        k: keys before rotation ``[batch, seq, kv_heads, Dk]``, or packed ``[tokens, kv_heads, Dk]``.
+        k: keys before rotation ``[batch, seq, kv_heads, Dk]``, or packed
+            ``[tokens, kv_heads, Dk]``.
         v: values ``[batch, seq, kv_heads, Dv]``, or packed.
-        phi_k: weights for keys: ``pe [kv_heads, block, D]``; ``w1`` is ``[D, block * D]`` (linear), ``[D, D]`` (gated) or
-            ``[F, block * D]`` (mlp); ``w2 [D, F]`` (mlp). "mean" takes none.
+        phi_k: weights for keys: ``pe [kv_heads, block, D]``; ``w1`` is ``[D, block * D]`` (linear),
+            ``[D, D]`` (gated) or ``[F, block * D]`` (mlp); ``w2 [D, F]`` (mlp). "mean" takes none.
         phi_v: weights for values.
         kind: "mlp", "linear", "gated" or "mean".
         compress_block_size: tokens per block.
@@ -52,8 +55,10 @@ def compress_kv(
         backend: ``"reference"`` or ``"kernel"``; by device if None.
 
     Returns:
-        ``k_cmp [batch, T_c, kv_heads, Dk]`` and ``v_cmp``, with ``T_c = (seq - block) // stride + 1`` (0 below a block).
-        Packed: ``[tokens // stride, ...]``; sequence ``b`` starts at slot ``cu_seqlens[b] // stride``, unused slots are 0.
+        ``k_cmp [batch, T_c, kv_heads, Dk]`` and ``v_cmp``, with
+        ``T_c = (seq - block) // stride + 1`` (0 below a block).
+        Packed: ``[tokens // stride, ...]``; sequence ``b`` starts at slot
+        ``cu_seqlens[b] // stride``, unused slots are 0.
 
     Raises:
         ValueError: shapes, dtypes, devices or weights do not fit; the message names the argument.
@@ -105,7 +110,8 @@ def _check_weights(x: Tensor, phi: CompressorWeights, side: str, kind: str, bloc
             raise ValueError(f"{side}.{name}: expected {shape} for kind {kind!r}, got {found}.")
         if weight is not None and (weight.dtype != x.dtype or weight.device != x.device):
             raise ValueError(
-                f"{side}.{name}: expected {x.dtype} on {x.device} like the tokens, got {weight.dtype} on {weight.device}."
+                f"{side}.{name}: expected {x.dtype} on {x.device} like the tokens, got "
+                f"{weight.dtype} on {weight.device}."
             )
 
 
@@ -121,7 +127,7 @@ def compress_fwd(
     compress_stride: int,
     backend: str,
 ) -> Tensor:
-    """phi of one tensor."""
+    """Compressed blocks of one tensor."""
     if backend == "kernel":
         raise no_kernel("compress_kv")
     return reference.compress_fwd(

@@ -23,12 +23,14 @@ def compressed_attention(
     q_offset: int = 0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attends to compressed blocks; block ``i`` is visible to position ``t`` when ``i * stride + block - 1 <= t``.
+    """Attends to compressed blocks.
+
+    Block ``i`` is visible to position ``t`` when ``i * stride + block - 1 <= t``.
 
     Args:
         q: rotated queries ``[batch, seq, heads, Dk]``, or packed ``[tokens, heads, Dk]``.
-        k_cmp: compressed, rotated keys ``[batch, T_c, kv_heads, Dk]``, or packed ``[tokens // stride, kv_heads, Dk]`` as
-            ``compress_kv`` lays them out.
+        k_cmp: compressed, rotated keys ``[batch, T_c, kv_heads, Dk]``, or packed
+            ``[tokens // stride, kv_heads, Dk]`` as ``compress_kv`` lays them out.
         v_cmp: compressed values, ``[..., Dv]``.
         compress_block_size: tokens per compressed block.
         compress_stride: tokens between compressed blocks.
@@ -38,8 +40,9 @@ def compressed_attention(
         backend: ``"reference"`` or ``"kernel"``; by device if None.
 
     Returns:
-        ``o`` like q with last dim Dv, and ``lse [batch, seq, heads]``, natural log, float32 (float64 for float64). A
-        query that sees no block has ``o = 0``, ``lse = -inf`` and zero gradients.
+        ``o`` like q with last dim Dv, and ``lse [batch, seq, heads]``, natural log, float32
+        (float64 for float64). A query that sees no block has ``o = 0``, ``lse = -inf`` and zero
+        gradients.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message names the argument.

@@ -41,7 +41,8 @@ def nsa_attention(
         v_slc: values of the selection branch ``[batch, keys, kv_heads, Dv]``.
         k_win: rotated keys of the window branch; may be ``k_slc``.
         v_win: values of the window branch; may be ``v_slc``.
-        gates: ``[batch, seq, heads, 3]`` in the order cmp, slc, win; any real numbers, usually sigmoids.
+        gates: ``[batch, seq, heads, 3]`` in the order cmp, slc, win; any real numbers, usually
+            sigmoids.
         config: block sizes and counts.
         softmax_scale: factor of the logits, ``1 / sqrt(Dk)`` if None.
         cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed.

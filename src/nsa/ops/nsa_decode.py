@@ -27,14 +27,16 @@ def nsa_decode(
     config: NSAConfig,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """Rows of ``nsa_attention`` for the last ``seq`` tokens of each sequence, whose keys are already in the caches.
+    """Rows of ``nsa_attention`` for the last ``seq`` tokens of each sequence.
 
-    Plain PyTorch on every device. It reads ``seq_lens`` back to the host.
+    The keys of these tokens are already in the caches. Plain PyTorch on every device. It reads
+    ``seq_lens`` back to the host.
 
     Args:
-        q: rotated queries of the newest tokens ``[batch, seq, heads, Dk]``; row ``b``'s last query is at position
-            ``seq_lens[b] - 1``.
-        k_cmp: cached compressed keys ``[batch, blocks, kv_heads, Dk]``; entries past a row's length are never read.
+        q: rotated queries of the newest tokens ``[batch, seq, heads, Dk]``; row ``b``'s last query
+            is at position ``seq_lens[b] - 1``.
+        k_cmp: cached compressed keys ``[batch, blocks, kv_heads, Dk]``; entries past a row's length
+            are never read.
         v_cmp: cached compressed values.
         k_slc: cached keys of the selection branch ``[batch, keys, kv_heads, Dk]``.
         v_slc: cached values of the selection branch.
@@ -91,13 +93,14 @@ def nsa_decode_fwd(
     room = min(k_slc.shape[1], k_win.shape[1])
     if min(lengths) < q.shape[1] or max(lengths) > room:
         raise ValueError(
-            f"seq_lens: expected lengths from {q.shape[1]} (the new tokens) to {room} (the cached keys), got {lengths}."
+            f"seq_lens: expected lengths from {q.shape[1]} (the new tokens) to {room} (the cached "
+            f"keys), got {lengths}."
         )
     config = config_from(geometry)
     if config.num_compressed(max(lengths)) > k_cmp.shape[1]:
         raise ValueError(
-            f"k_cmp: expected at least {config.num_compressed(max(lengths))} compressed blocks for {max(lengths)} tokens, "
-            f"got {checks.describe(k_cmp)}."
+            f"k_cmp: expected at least {config.num_compressed(max(lengths))} compressed blocks for "
+            f"{max(lengths)} tokens, got {checks.describe(k_cmp)}."
         )
     return reference.nsa_decode(
         q,

@@ -24,11 +24,11 @@ def select_blocks(
     q_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """Chooses ``config.num_selected_blocks`` blocks per query and kv head from the compressed attention's probabilities.
+    """Chooses the blocks each query and kv head reads, from the compressed probabilities.
 
-    The probabilities of all query heads of a kv head are summed (eq. 10) over the compressed blocks that overlap a
-    selection block (eq. 9). The first ``num_init_blocks`` and the ``num_local_blocks`` most recent ones are always
-    chosen; exact ties go to the lower block.
+    The probabilities of all query heads of a kv head are summed (eq. 10) over the compressed blocks
+    that overlap a selection block (eq. 9). The first ``num_init_blocks`` and the
+    ``num_local_blocks`` most recent ones are always chosen; exact ties go to the lower block.
 
     Args:
         q: rotated queries ``[batch, seq, heads, Dk]``, or packed ``[tokens, heads, Dk]``.

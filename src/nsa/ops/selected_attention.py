@@ -29,12 +29,13 @@ def selected_attention(
         q: rotated queries ``[batch, seq, heads, Dk]``, or packed ``[tokens, heads, Dk]``.
         k: rotated keys ``[batch, keys, kv_heads, Dk]``, one per token.
         v: values ``[batch, keys, kv_heads, Dv]``.
-        block_indices: int32 ``[batch, seq, kv_heads, n]`` from ``select_blocks``, -1 for unused slots. Counted within
-            the query's own sequence. The choice has no gradient.
+        block_indices: int32 ``[batch, seq, kv_heads, n]`` from ``select_blocks``, -1 for unused
+            slots. Counted within the query's own sequence. The choice has no gradient.
         block_size: tokens per selection block.
         softmax_scale: factor of the logits, ``1 / sqrt(Dk)`` if None.
         cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed.
-        q_offset: position of the first query in its sequence (batches only); keys always start at position 0.
+        q_offset: position of the first query in its sequence (batches only); keys always start at
+            position 0.
         backend: ``"reference"`` or ``"kernel"``; by device if None.
 
     Returns:

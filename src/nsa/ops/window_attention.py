@@ -31,7 +31,8 @@ def window_attention(
         window_size: keys each query sees; the same number in training, prefill and decoding.
         softmax_scale: factor of the logits, ``1 / sqrt(Dk)`` if None.
         cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed.
-        q_offset: position of the first query in its sequence (batches only); keys always start at position 0.
+        q_offset: position of the first query in its sequence (batches only); keys always start at
+            position 0.
         backend: ``"reference"`` or ``"kernel"``; by device if None.
 
     Returns:

@@ -1,8 +1,9 @@
-"""The algorithm in plain PyTorch: oracle of the tests and the path of every tensor that is not on a GPU.
+"""The algorithm in plain PyTorch: the path of every tensor that is not on a GPU.
 
-One file per operation, any device, any float dtype (below float32 the arithmetic runs in float32). Forward and backward
-are written out, not left to autograd, and both walk over chunks of queries, so memory grows linearly with the length.
-Nothing here imports the kernels.
+It is also the specification. One file per operation, any device, any float dtype (below float32 the
+arithmetic runs in float32). Forward and backward are written out, not left to autograd, and both
+walk over chunks of queries, so memory grows linearly with the length. Nothing here imports the
+kernels.
 """
 
 from nsa.reference.compress_kv import compress_bwd, compress_fwd

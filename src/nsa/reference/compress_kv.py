@@ -1,15 +1,18 @@
 """Compression: a learned phi maps each block of ``l`` keys (or values) to one (eq. 7).
 
-All kinds start at mean pooling with the weights of ``nsa.layers.Compressor``. With ``x`` the block plus its intra-block
-positions, ``[l, D]``:
+All kinds start at mean pooling with the weights of ``nsa.layers.Compressor``. With ``x`` the block
+plus its intra-block positions, ``[l, D]``:
 
 * ``mean``: ``mean(x)``, no weights and no positions.
 * ``linear``: ``W1 flatten(x)``, ``W1 [D, l * D]``.
-* ``gated``: ``sum_s softmax_s(W1 x_s) * x_s``, a softmax over the block for each channel, ``W1 [D, D]``.
+* ``gated``: ``sum_s softmax_s(W1 x_s) * x_s``, a softmax over the block for each channel,
+  ``W1 [D, D]``.
 * ``mlp``: ``mean(x) + W2 silu(W1 flatten(x))``, ``W1 [F, l * D]``, ``W2 [D, F]``.
 """
 
 from __future__ import annotations
+
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -88,7 +91,7 @@ def compress_bwd(
 
 
 def _phi(blocks: Tensor, w1: Tensor | None, w2: Tensor | None, kind: str) -> Tensor:
-    """phi of ``blocks [B, T_c, K, l, D]``."""
+    """Compressed ``blocks [B, T_c, K, l, D]`` (the phi of eq. 7)."""
     if kind == "mean":
         return blocks.mean(-2)
     assert w1 is not None, f"kind {kind!r} needs w1"
@@ -96,7 +99,8 @@ def _phi(blocks: Tensor, w1: Tensor | None, w2: Tensor | None, kind: str) -> Ten
         return blocks.flatten(-2) @ w1.mT
     if kind == "gated":
         return (torch.softmax(blocks @ w1.mT, dim=-2) * blocks).sum(-2)
-    assert kind == "mlp" and w2 is not None, f"unknown kind {kind!r} or missing w2"
+    assert kind == "mlp", f"unknown kind {kind!r}"
+    assert w2 is not None, "kind 'mlp' needs w2"
     return blocks.mean(-2) + silu(blocks.flatten(-2) @ w1.mT) @ w2.mT
 
 
@@ -115,7 +119,8 @@ def _phi_bwd(
         dweights = dout.unsqueeze(-2) * blocks
         dlogits = weights * (dweights - (weights * dweights).sum(-2, keepdim=True))
         return weights * dout.unsqueeze(-2) + dlogits @ w1, _outer(dlogits, blocks), none
-    assert kind == "mlp" and w2 is not None, f"unknown kind {kind!r} or missing w2"
+    assert kind == "mlp", f"unknown kind {kind!r}"
+    assert w2 is not None, "kind 'mlp' needs w2"
     hidden = blocks.flatten(-2) @ w1.mT
     gate = torch.sigmoid(hidden)
     dhidden = (dout @ w2) * (gate * (1 + hidden * (1 - gate)))
@@ -124,7 +129,7 @@ def _phi_bwd(
 
 
 def _blocks(x: Tensor, pe: Tensor | None, size: int, stride: int) -> Tensor:
-    """Overlapping blocks of tokens, positions added: ``[B, T, K, D] -> [B, T_c, K, l, D]`` in the compute dtype."""
+    """Overlapping blocks plus positions, ``[B, T, K, D] -> [B, T_c, K, l, D]``, compute dtype."""
     x = _wide(x)
     if x.shape[1] < size:
         return x.new_empty(x.shape[0], 0, x.shape[2], size, x.shape[3])
@@ -147,7 +152,12 @@ def _outer(dout: Tensor, x: Tensor) -> Tensor:
     return dout.flatten(0, -2).mT @ x.flatten(0, -2)
 
 
+@overload
+def _wide(x: Tensor) -> Tensor: ...
+@overload
+def _wide(x: None) -> None: ...
 def _wide(x: Tensor | None) -> Tensor | None:
+    """In the compute dtype."""
     return None if x is None else x.to(compute_dtype(x))
 
 

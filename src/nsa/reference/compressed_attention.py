@@ -1,4 +1,4 @@
-"""Attention to compressed blocks: block ``i`` is visible to query ``t`` once it lies wholly in the past (eq. 7)."""
+"""Attention to compressed blocks (eq. 7): a query sees the blocks that end at or before it."""
 
 from __future__ import annotations
 

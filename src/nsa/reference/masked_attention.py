@@ -1,9 +1,11 @@
-"""Softmax attention under a visibility mask, forward and backward: the arithmetic all three branches share (eq. 1-2).
+"""Softmax attention under a visibility mask, forward and backward (eq. 1-2).
 
-A branch is fully described by which keys each query sees. It says so through a function ``keys_of(start, stop)`` that
-returns, for the queries ``start .. stop - 1``, a key range ``lo, hi`` and the mask inside that range.
+This is the arithmetic that all three branches share. A branch is fully described by which keys each
+query sees. It says so through a function ``keys_of(start, stop)`` that returns, for the queries
+``start .. stop - 1``, a key range ``lo, hi`` and the mask inside that range.
 
-Shapes: ``B`` batch, ``C`` queries of a chunk, ``S`` keys, ``H`` query heads, ``K`` kv heads, ``G = H / K``.
+Shapes: ``B`` batch, ``C`` queries of a chunk, ``S`` keys, ``H`` query heads, ``K`` kv heads,
+``G = H / K``.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ CHUNK_ELEMENTS = 1 << 20
 
 
 def query_chunks(num_queries: int, scores_per_query: int) -> Iterator[tuple[int, int]]:
-    """Yields ``(start, stop)`` ranges whose score matrices hold about ``CHUNK_ELEMENTS`` entries."""
+    """Ranges ``(start, stop)`` whose score matrices hold about ``CHUNK_ELEMENTS`` entries."""
     size = max(1, CHUNK_ELEMENTS // max(1, scores_per_query))
     for start in range(0, num_queries, size):
         yield start, min(start + size, num_queries)
@@ -40,12 +42,13 @@ def masked_attention_fwd(
         q: ``[B, T, H, Dk]``.
         k: ``[B, S, K, Dk]``.
         v: ``[B, S, K, Dv]``.
-        keys_of: key range and boolean mask, broadcastable to ``[B, C, K, S]``, of a chunk of queries.
+        keys_of: key range and boolean mask, broadcastable to ``[B, C, K, S]``, of a chunk of
+            queries.
         softmax_scale: factor of the logits.
 
     Returns:
-        ``o [B, T, H, Dv]`` in q's dtype and ``lse [B, T, H]``, natural log, in the compute dtype. A query that sees
-        nothing gets ``o = 0`` and ``lse = -inf``.
+        ``o [B, T, H, Dv]`` in q's dtype and ``lse [B, T, H]``, natural log, in the compute dtype. A
+        query that sees nothing gets ``o = 0`` and ``lse = -inf``.
     """
     batch, num_queries, num_heads, _ = q.shape
     o = torch.zeros(batch, num_queries, num_heads, v.shape[-1], dtype=q.dtype, device=q.device)
@@ -80,8 +83,8 @@ def masked_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``masked_attention_fwd``: ``(dq, dk, dv)``, each in the dtype of its input.
 
-    With ``p`` the probabilities, ``dp = do v^T`` and ``delta = sum(do * o)``, the gradient of the logits is
-    ``ds = p * (dp - delta + dlse)``.
+    With ``p`` the probabilities, ``dp = do v^T`` and ``delta = sum(do * o)``, the gradient of the
+    logits is ``ds = p * (dp - delta + dlse)``.
     """
     batch, num_queries, num_heads, _ = q.shape
     wide = compute_dtype(q)
@@ -109,6 +112,7 @@ def masked_attention_bwd(
 
 
 def masked_logits(q: Tensor, k: Tensor, visible: Tensor, softmax_scale: float) -> Tensor:
+    """Scaled logits ``[B, K, C, G, S]`` in the compute dtype, ``-inf`` where not visible."""
     num_queries, num_kv_heads = q.shape[1], k.shape[2]
     logits = (_group(q, num_kv_heads) @ _heads_first(k).mT) * softmax_scale
     logits = logits.unflatten(2, (num_queries, -1))
@@ -116,12 +120,12 @@ def masked_logits(q: Tensor, k: Tensor, visible: Tensor, softmax_scale: float) -
 
 
 def probabilities(logits: Tensor, lse: Tensor) -> Tensor:
-    """Softmax from a saved log-sum-exp; rows without a visible key (``lse = -inf``) are all zero, never NaN."""
+    """Softmax from a saved log-sum-exp; rows that see nothing (``lse = -inf``) are 0, never NaN."""
     return torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
 
 
 def _group(x: Tensor, num_kv_heads: int) -> Tensor:
-    """``[B, C, H, D] -> [B, K, C * G, D]`` in the compute dtype: rows that share a kv head lie together."""
+    """``[B, C, H, D] -> [B, K, C * G, D]``, compute dtype: rows of one kv head lie together."""
     x = x.to(compute_dtype(x)).unflatten(2, (num_kv_heads, -1))
     return x.permute(0, 2, 1, 3, 4).flatten(2, 3)
 

@@ -1,4 +1,4 @@
-"""The whole of eq. 5 after projection and compression: three branches, one choice of blocks, gated sum."""
+"""The whole of eq. 5 after projection and compression: three branches and their gated sum."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def nsa_attention(
 
 
 def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tensor:
-    """Gated sum of the branch outputs ``[..., H, Dv]`` with ``gates [..., H, 3]`` (eq. 5), not renormalised."""
+    """Gated sum of the branches ``[..., H, Dv]`` with ``gates [..., H, 3]`` (eq. 5), as it is."""
     wide = compute_dtype(o_cmp)
     g_cmp, g_slc, g_win = gates.to(wide).unsqueeze(-1).unbind(-2)  # [..., H, 1] each
     return (g_cmp * o_cmp.to(wide) + g_slc * o_slc.to(wide) + g_win * o_win.to(wide)).to(

@@ -1,4 +1,4 @@
-"""The last tokens of each sequence against cached keys and values: rows of ``nsa_attention``, one length per sequence."""
+"""The last tokens of each sequence against its cached keys and values."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ def nsa_decode(
     for length in torch.unique(seq_lens).tolist():
         rows = (seq_lens == length).nonzero()[:, 0]
         blocks = config.num_compressed(length)
-        cached = [x[rows, :blocks] for x in (k_cmp, v_cmp)] + [
-            x[rows, :length] for x in (k_slc, v_slc, k_win, v_win)
-        ]
         out[rows] = nsa_attention(
             q[rows],
-            *cached,
+            k_cmp[rows, :blocks],
+            v_cmp[rows, :blocks],
+            k_slc[rows, :length],
+            v_slc[rows, :length],
+            k_win[rows, :length],
+            v_win[rows, :length],
             gates[rows],
             config=config,
             softmax_scale=softmax_scale,

@@ -1,14 +1,17 @@
 """Packed sequences: one tensor of tokens, cut by ``cu_seqlens``, whose pieces never see each other.
 
-Compressed blocks of packed sequences live in *slots*. Sequence ``b`` starts at slot ``cu_seqlens[b] // stride`` and fills
-one slot per compressed block. It never reaches the next sequence's first slot, since ``n`` tokens hold at most
-``n // stride`` blocks; so ``total_tokens // stride`` slots suffice whatever the lengths are, and nobody has to read the
-lengths back from the device to allocate them. Slots no sequence fills hold zeros and are never visible.
+Compressed blocks of packed sequences live in *slots*. Sequence ``b`` starts at slot
+``cu_seqlens[b] // stride`` and fills one slot per compressed block. It never reaches the next
+sequence's first slot, since ``n`` tokens hold at most ``n // stride`` blocks; so
+``total_tokens // stride`` slots suffice whatever the lengths are, and nobody has to read the
+lengths back from the device to allocate them. Slots no sequence fills hold zeros and are never
+visible.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,8 +26,8 @@ def num_slots(num_tokens: int, compress_stride: int) -> int:
 
 def map_sequences(
     function: Callable[..., tuple[Tensor, ...]],
-    inputs: list[tuple[Tensor | None, str]],
-    output_axes: list[str],
+    inputs: Sequence[tuple[Tensor | None, str]],
+    output_axes: Sequence[str],
     *,
     cu_seqlens: Tensor,
     compress_block_size: int,
@@ -33,10 +36,12 @@ def map_sequences(
     """Runs a batched function on each sequence of packed tensors and packs what it returns.
 
     Args:
-        function: takes ``[1, n, ...]`` tensors, returns ``[1, n, ...]`` tensors; must accept ``n = 0``.
-        inputs: tensors and what their first axis counts: ``TOKENS``, ``SLOTS``, or ``SHARED`` for a tensor that is
-            passed whole to every call (a weight).
-        output_axes: the same for each output; ``SHARED`` outputs (gradients of weights) are summed over sequences.
+        function: takes ``[1, n, ...]`` tensors, returns ``[1, n, ...]`` tensors; must accept
+            ``n = 0``.
+        inputs: tensors and what their first axis counts: ``TOKENS``, ``SLOTS``, or ``SHARED`` for a
+            tensor that is passed whole to every call (a weight).
+        output_axes: the same for each output; ``SHARED`` outputs (gradients of weights) are summed
+            over sequences.
         cu_seqlens: int32 ``[num_seqs + 1]``.
         compress_block_size: tokens per compressed block.
         compress_stride: tokens between compressed blocks.
@@ -61,7 +66,7 @@ def map_sequences(
     outputs = [
         empty_like_output(piece, axis) for piece, axis in zip(nothing, output_axes, strict=True)
     ]
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         length, slot = stop - start, start // compress_stride
         blocks = (
             0

@@ -1,7 +1,7 @@
 """The choice of blocks: from the probabilities of compressed attention to block indices (eq. 8-11).
 
-The printed eq. 9 uses 1-based indices. In 0-based ones selection block ``j`` collects the compressed blocks
-``(l'/d) j + m - r``, which are exactly those that overlap it.
+The printed eq. 9 uses 1-based indices. In 0-based ones selection block ``j`` collects the
+compressed blocks ``(l'/d) j + m - r``, which are exactly those that overlap it.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def block_scores(
     softmax_scale: float,
     q_offset: int = 0,
 ) -> Tensor:
-    """Importance ``p_slc'`` of every block for the queries ``start .. stop - 1``: ``[B, C, K, blocks]`` (eq. 8-10).
+    """Importance ``p_slc'`` of every block for the queries ``start .. stop - 1`` (eq. 8-10).
 
-    ``blocks`` covers the positions up to the last of these queries.
+    Returns ``[B, C, K, blocks]``; ``blocks`` covers the positions up to the last of these queries.
     """
     batch, num_kv_heads = q.shape[0], k_cmp.shape[2]
     num_blocks = config.num_blocks(q_offset + stop)
@@ -91,14 +91,14 @@ def block_scores(
     per_block = config.block_size // config.compress_stride
     before = config.compress_block_size // config.compress_stride - 1
     weights = torch.tensor(config.importance_weights(), dtype=lse.dtype, device=q.device)
-    # One selection block reads `len(weights)` compressed blocks and the next starts `per_block` later.
+    # A selection block reads `len(weights)` compressed blocks; the next starts `per_block` later.
     padding = (before, max(0, (num_blocks - 1) * per_block + len(weights) - before - hi))
     windows = torch.nn.functional.pad(per_compressed, padding).unfold(-1, len(weights), per_block)
     return windows[..., :num_blocks, :] @ weights
 
 
 def top_blocks(scores: Tensor, first_position: int, config: NSAConfig) -> Tensor:
-    """The ``n`` blocks of largest score, forced ones first in line, ties to the lower index: ascending, -1 at the end."""
+    """The ``n`` best blocks, forced ones first in line, ties to the lower: ascending, -1 last."""
     num_queries, num_blocks = scores.shape[1], scores.shape[-1]
     positions = torch.arange(first_position, first_position + num_queries, device=scores.device)[
         :, None

@@ -1,4 +1,4 @@
-"""Attention to the selected blocks: query ``t`` sees the tokens ``s <= t`` of its chosen blocks (eq. 11-12)."""
+"""Attention to the selected blocks (eq. 11-12): a query sees their tokens up to its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sliding-window attention: query ``t`` sees the tokens ``t - w < s <= t``, exactly ``w`` keys with its own."""
+"""Sliding-window attention: a query sees exactly ``w`` keys, its own included."""
 
 from __future__ import annotations
 
