@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
@@ -78,6 +79,24 @@ def _options(
     """Options of `nsa` itself."""
 
 
+def pick_device(name: str | None) -> torch.device:
+    """``name`` as a device that is there; a GPU if there is one, else the CPU, if None.
+
+    Raises:
+        ValueError: PyTorch does not know the name or does not see the device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: expected cpu, cuda, cuda:1 ..., got {name!r}.") from error
+    seen = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= seen:
+        raise ValueError(f"--device: got {name!r}, but PyTorch sees {seen} CUDA devices here.")
+    return device
+
+
 @app.command()
 def generate(
     model: Model,
@@ -96,7 +115,7 @@ def generate(
         raise ValueError("--prompt, --prompt-file: expected exactly one of them.")
     given = prompt if prompt_file is None else text.read_prompt(prompt_file)
     assert given is not None
-    loaded = text.load(model, device=device)
+    loaded = text.load(model, device=pick_device(device))
     typer.echo(given, nl=False)
     made = loaded.stream(
         given,
@@ -122,7 +141,7 @@ def chat(
     """Talk with a model; an empty line or Ctrl-D ends it."""
     from nsa.serve import text
 
-    talk = text.Chat(text.load(model, device=device))
+    talk = text.Chat(loaded=text.load(model, device=pick_device(device)))
     console = Console(stderr=True)
     console.print(talk.introduction(), style="dim")
     while message := _ask():
@@ -156,7 +175,7 @@ def env(device: Device = None) -> None:
     """Show versions, the device, and which code each operation runs on it and why."""
     from nsa.bench import environment
 
-    environment.show(Console(), device)
+    environment.show(Console(), pick_device(device))
 
 
 if __name__ == "__main__":
