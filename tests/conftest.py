@@ -1,4 +1,4 @@
-"""What every test runs under: poisoned memory, reproducible property tests, GPU tests only on a GPU."""
+"""What every test runs under: poisoned memory and reproducible property tests."""
 
 from __future__ import annotations
 

@@ -108,17 +108,18 @@ def _phi_bwd(
     dout: Tensor, blocks: Tensor, w1: Tensor | None, w2: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the blocks, w1 and w2 of ``_phi``."""
-    none = dout.new_empty(0)
     if kind == "mean":
-        return (dout / blocks.shape[-2]).unsqueeze(-2).expand_as(blocks), none, none
+        dblocks = (dout / blocks.shape[-2]).unsqueeze(-2).expand_as(blocks)
+        return dblocks, dout.new_empty(0), dout.new_empty(0)
     assert w1 is not None, f"kind {kind!r} needs w1"
     if kind == "linear":
-        return (dout @ w1).view_as(blocks), _outer(dout, blocks.flatten(-2)), none
+        return (dout @ w1).view_as(blocks), _outer(dout, blocks.flatten(-2)), dout.new_empty(0)
     if kind == "gated":
         weights = torch.softmax(blocks @ w1.mT, dim=-2)
         dweights = dout.unsqueeze(-2) * blocks
         dlogits = weights * (dweights - (weights * dweights).sum(-2, keepdim=True))
-        return weights * dout.unsqueeze(-2) + dlogits @ w1, _outer(dlogits, blocks), none
+        dblocks = weights * dout.unsqueeze(-2) + dlogits @ w1
+        return dblocks, _outer(dlogits, blocks), dout.new_empty(0)
     assert kind == "mlp", f"unknown kind {kind!r}"
     assert w2 is not None, "kind 'mlp' needs w2"
     hidden = blocks.flatten(-2) @ w1.mT

@@ -60,12 +60,15 @@ def masked_attention_fwd(
         if hi <= lo:
             continue
         logits = masked_logits(q[:, start:stop], k[:, lo:hi], visible, softmax_scale)
-        chunk_lse = torch.logsumexp(logits, dim=-1)
-        probs = probabilities(logits, chunk_lse)
-        o[:, start:stop] = _ungroup(
-            probs.flatten(2, 3) @ _heads_first(v[:, lo:hi]), stop - start
-        ).to(q.dtype)
-        lse[:, start:stop] = _ungroup(chunk_lse.flatten(2, 3)[..., None], stop - start)[..., 0]
+        # Not exp(logits - lse): rounding a large lse would scale the whole row.
+        peak = logits.amax(-1, keepdim=True)
+        weights = torch.exp(logits.sub_(peak.masked_fill(peak == -torch.inf, 0.0)))
+        total = weights.sum(-1, keepdim=True)
+        values = weights.flatten(2, 3) @ _heads_first(v[:, lo:hi])
+        values /= total.masked_fill(total == 0, 1.0).flatten(2, 3)
+        o[:, start:stop] = _ungroup(values, stop - start).to(q.dtype)
+        chunk_lse = (peak + torch.log(total)).flatten(2, 3)
+        lse[:, start:stop] = _ungroup(chunk_lse, stop - start)[..., 0]
     return o, lse
 
 
@@ -121,7 +124,9 @@ def masked_logits(q: Tensor, k: Tensor, visible: Tensor, softmax_scale: float) -
 
 def probabilities(logits: Tensor, lse: Tensor) -> Tensor:
     """Softmax from a saved log-sum-exp; rows that see nothing (``lse = -inf``) are 0, never NaN."""
-    return torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
+    probs = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
+    # Rounding a large lse scales the whole row, so its sum is near 1, not 1.
+    return probs.div_(probs.sum(-1, keepdim=True).clamp_min_(0.5))
 
 
 def _group(x: Tensor, num_kv_heads: int) -> Tensor:
