@@ -1,0 +1,215 @@
+"""transformers' Trainer with checkpoints that are whole or absent and a validation loss by
+position.
+
+Not a training loop: the loop, DDP, FSDP2, mixed precision and the optimizer are Trainer's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from nsa.train import checkpoint
+from nsa.train.config import LoopConfig
+from nsa.train.validation import PositionLosses, position_losses
+
+
+def training_arguments(loop: LoopConfig) -> TrainingArguments:
+    """Translates a ``training`` section; under torchrun this joins the process group.
+
+    Raises:
+        ValueError: the batch cannot be dealt out over the devices, or FSDP is asked for with one.
+    """
+    on_gpu = torch.cuda.is_available()
+    # Trainer renamed the setting in 5.2x; the old name warns there.
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    recompute = next(
+        n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names
+    )
+    schedule = {
+        "cosine": ("cosine_with_min_lr", {"min_lr_rate": loop.min_lr_ratio}),
+        "wsd": (
+            "warmup_stable_decay",
+            {"num_decay_steps": loop.decay_steps, "min_lr_ratio": loop.min_lr_ratio},
+        ),
+    }[loop.schedule]
+    args = TrainingArguments(
+        output_dir=loop.output_dir,
+        max_steps=loop.max_steps,
+        per_device_train_batch_size=loop.micro_batch_rows,
+        learning_rate=loop.learning_rate,
+        lr_scheduler_type=schedule[0],
+        lr_scheduler_kwargs=schedule[1],
+        warmup_steps=loop.warmup_steps,
+        weight_decay=loop.weight_decay,
+        adam_beta1=loop.beta1,
+        adam_beta2=loop.beta2,
+        max_grad_norm=loop.max_grad_norm,
+        bf16=loop.precision == "bf16" or (loop.precision == "auto" and on_gpu),
+        seed=loop.seed,
+        use_cpu=not on_gpu,
+        ddp_backend=None if on_gpu else "gloo",
+        ddp_find_unused_parameters=False,
+        fsdp=True if loop.fsdp else None,  # pyright: ignore[reportArgumentType]
+        fsdp_config={"version": 2, "state_dict_type": "FULL_STATE_DICT"} if loop.fsdp else None,
+        dataloader_num_workers=loop.num_workers,
+        dataloader_pin_memory=on_gpu,
+        # Rows come in the order of the run already, see nsa.train.packing.
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        # The Milestones callback decides; a NaN must be seen, not averaged away.
+        logging_strategy="no",
+        save_strategy="no",
+        eval_strategy="no",
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        **{recompute: loop.gradient_checkpointing},
+    )
+    if loop.fsdp and args.world_size == 1:
+        raise ValueError(
+            "training.fsdp: expected several processes, got one. Start them with torchrun, such as "
+            "torchrun --nproc-per-node 2 --no-python nsa train CONFIG."
+        )
+    args.gradient_accumulation_steps = loop.accumulation_steps(args.world_size)
+    # One process with several GPUs would scatter cu_seqlens over them (DataParallel); it uses one.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
+class NSATrainer(Trainer):
+    """Trainer for packed rows.
+
+    Args:
+        validation_documents: token ids of held-out documents; empty for none.
+        validation_max_tokens: tokens read of each.
+        keep_checkpoints: checkpoints kept.
+        kwargs: Trainer's own.
+    """
+
+    def __init__(
+        self,
+        *,
+        validation_documents: Sequence[np.ndarray] = (),
+        validation_max_tokens: int = 0,
+        keep_checkpoints: int,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.remove_callback(PrinterCallback)
+        self.validation_documents = validation_documents
+        self.validation_max_tokens = validation_max_tokens
+        self.keep_checkpoints = keep_checkpoints
+        self.validation: PositionLosses | None = None
+        self._output_dir = Path(self.args.output_dir)
+
+    def evaluate(
+        self,
+        eval_dataset: object = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss on whole held-out documents, in all and by position.
+
+        Returns:
+            ``eval_loss``, ``eval_tokens`` and ``eval_loss_at/<first>-<last>`` for every bin.
+        """
+        with self.accelerator.autocast():
+            result = position_losses(
+                self.model,  # pyright: ignore[reportArgumentType]
+                self.validation_documents,
+                max_len=self.validation_max_tokens,
+            )
+        self.validation = result
+        edges = result.bin_edges
+        metrics = {f"{metric_key_prefix}_loss": result.loss}
+        metrics[f"{metric_key_prefix}_tokens"] = result.num_tokens
+        for first, last, loss in zip(edges[:-1], edges[1:], result.bin_losses, strict=True):
+            if not math.isnan(loss):
+                metrics[f"{metric_key_prefix}_loss_at/{first}-{last - 1}"] = loss
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs, and ends a run whose loss is no longer a number; what is saved stays as it was.
+
+        Raises:
+            ValueError: the loss is not finite.
+        """
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise ValueError(
+                f"training diverged: the loss at step {self.state.global_step} is {logs['loss']}. "
+                "Lower training.learning_rate or raise training.warmup_steps."
+            )
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves weights, config and tokenizer, for generation with a cache."""
+        config = self.model.config  # pyright: ignore[reportOptionalMemberAccess]
+        in_training, config.use_cache = config.use_cache, True
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            config.use_cache = in_training
+
+    def save_final_model(self) -> Path:
+        """Publishes the weights as ``<output_dir>/model``, ready for ``from_pretrained``."""
+        run_dir = Path(self.args.output_dir)
+        staged = self._fresh_staging(run_dir) / "model"
+        try:
+            self.save_model(str(staged), _internal_call=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise checkpoint.save_error(
+                error, step=self.state.global_step, run_dir=run_dir
+            ) from error
+        return self._publish(staged, run_dir)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(self.args.output_dir)
+        self._output_dir = self._fresh_staging(run_dir)
+        staged = self._output_dir / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            self._publish(staged, run_dir)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise checkpoint.save_error(
+                error, step=self.state.global_step, run_dir=run_dir
+            ) from error
+        finally:
+            self._output_dir = run_dir
+        if self.args.should_save:
+            checkpoint.rotate(run_dir, self.keep_checkpoints)
+
+    def _fresh_staging(self, run_dir: Path) -> Path:
+        staging = run_dir / checkpoint.STAGING
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        return staging
+
+    def _publish(self, staged: Path, run_dir: Path) -> Path:
+        # Every process has files in it: random states, shards.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.publish(staged, run_dir)
+            staged.parent.rmdir()
+        self.accelerator.wait_for_everyone()
+        return run_dir / staged.name

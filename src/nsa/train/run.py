@@ -1,0 +1,342 @@
+"""One training run, from a config to a model on disk.
+
+Not the loop: it prepares tokenizer, rows and model, and hands them to :mod:`nsa.train.engine`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.utils import is_tensorboard_available
+
+from nsa.models import NSAForCausalLM, NSAModelConfig
+from nsa.train import checkpoint
+from nsa.train.config import TrainConfig
+from nsa.train.corpus import Corpus, build_corpus
+from nsa.train.documents import find_files, read_documents
+from nsa.train.engine import NSATrainer, training_arguments
+from nsa.train.files import write_text
+from nsa.train.packing import PackedRows, collate
+from nsa.train.progress import Milestones, ProgressReport, StopOnSignal
+from nsa.train.tokenizer import load_tokenizer, train_tokenizer
+from nsa.train.validation import PositionLosses
+
+# What may differ when a run is resumed: none of it moves the loss curve that was already drawn.
+_MAY_CHANGE = frozenset(
+    f"training.{name}"
+    for name in (
+        "output_dir",
+        "max_steps",
+        "micro_batch_rows",
+        "gradient_checkpointing",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+        "eval_every",
+        "num_workers",
+    )
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResult:
+    """What a run leaves behind.
+
+    Args:
+        output_dir: folder of the run.
+        model_dir: the final model; None if the run was stopped before the end.
+        step: optimizer steps done.
+        losses: step and mean training loss (nats per token) since the step before it in the list.
+        validation_losses: step and validation loss.
+        validation: the last validation loss by position; None without validation documents.
+        signal_number: the signal that stopped the run, or None.
+    """
+
+    output_dir: Path
+    model_dir: Path | None
+    step: int
+    losses: list[tuple[int, float]]
+    validation_losses: list[tuple[int, float]]
+    validation: PositionLosses | None
+    signal_number: int | None
+
+
+def train(
+    config: TrainConfig, *, resume: bool = False, console: Console | None = None
+) -> TrainResult:
+    """Runs, or goes on with, the training that ``config`` describes.
+
+    The same config and data give the same losses, bit for bit on one kind of machine, whether the
+    run was killed and resumed or not. Under torchrun every process calls this; the batch is dealt
+    out, so the losses are those of one process up to rounding.
+
+    Args:
+        config: the run.
+        resume: go on from the newest whole checkpoint in ``output_dir``, from the start if there is
+            none. Without it, a folder that holds a run is an error.
+        console: where progress is shown.
+
+    Returns:
+        Losses and where the model is.
+
+    Raises:
+        ValueError: settings or data do not fit; see the message.
+        FileNotFoundError: a data file is not there.
+        CheckpointError: a checkpoint could not be written.
+
+    Example:
+        >>> train(load_config("configs/tiny-cpu.yaml")).model_dir
+        PosixPath('runs/tiny-cpu/model')
+    """
+    run_dir = Path(config.training.output_dir)
+    start, passed_over = checkpoint.latest_checkpoint(run_dir)
+    if not resume and checkpoint.list_checkpoints(run_dir):
+        raise ValueError(
+            f"training.output_dir: {run_dir} already holds a run. Go on with --resume, or choose "
+            "another folder."
+        )
+    args = training_arguments(config.training)
+    console = console or Console(highlight=False)
+    if args.process_index:
+        console = Console(quiet=True)
+    for line in passed_over:
+        console.print(line, style="yellow", markup=False)
+    NSAModelConfig(**config.model)  # before minutes of reading text
+    with args.main_process_first(local=False):
+        config, tokenizer, corpora = _prepare(
+            config, run_dir, resuming=start is not None, leads=args.process_index == 0
+        )
+    set_seed(config.training.seed)
+    model = NSAForCausalLM(NSAModelConfig(**config.model))
+    rows = PackedRows(
+        corpora["train"],
+        seq_len=config.data.seq_len,
+        num_rows=config.training.max_steps * config.training.batch_rows,
+        seed=config.training.seed,
+    )
+    _describe(config, corpora, rows, model, console)
+    if args.process_index == 0:
+        write_text(run_dir / "config.yaml", config.to_yaml())
+    return _run(config, args, model, tokenizer, corpora, rows, start=start, console=console)
+
+
+def _run(
+    config: TrainConfig,
+    args: TrainingArguments,
+    model: NSAForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    corpora: Mapping[str, Corpus],
+    rows: PackedRows,
+    *,
+    start: Path | None,
+    console: Console,
+) -> TrainResult:
+    loop = config.training
+    per_step = loop.batch_rows
+    progress = ProgressReport(console, lambda i: rows.num_tokens(i * per_step, (i + 1) * per_step))
+    stop = StopOnSignal(console)
+    held_out = _documents(corpora.get("validation"))
+    milestones = Milestones(
+        log_every=loop.log_every,
+        save_every=loop.save_every,
+        eval_every=loop.eval_every,
+        validates=bool(held_out),
+    )
+    trainer = NSATrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        data_collator=collate,
+        processing_class=tokenizer,
+        callbacks=[milestones, stop, progress, *_tensorboard(Path(loop.output_dir))],
+        validation_documents=held_out,
+        validation_max_tokens=config.data.validation_max_tokens or 0,
+        keep_checkpoints=loop.keep_checkpoints,
+    )
+    try:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+    finally:
+        progress.close()
+    return _finish(trainer, stop, console)
+
+
+def _finish(trainer: NSATrainer, stop: StopOnSignal, console: Console) -> TrainResult:
+    run_dir = Path(trainer.args.output_dir)
+    state = trainer.state
+    finished = state.global_step >= state.max_steps
+    model_dir = trainer.save_final_model() if finished else None
+    if trainer.args.should_save:
+        write_text(run_dir / "history.json", json.dumps(state.log_history, indent=1))
+    if model_dir:
+        console.print(f"Done. Model: {model_dir}", markup=False)
+    else:
+        saved = run_dir / f"checkpoint-{state.global_step}"
+        console.print(
+            f"Stopped. Saved {saved}; go on with the same command and --resume.", markup=False
+        )
+    return TrainResult(
+        output_dir=run_dir,
+        model_dir=model_dir,
+        step=state.global_step,
+        losses=[(e["step"], e["loss"]) for e in state.log_history if "loss" in e],
+        validation_losses=[
+            (e["step"], e["eval_loss"]) for e in state.log_history if "eval_loss" in e
+        ],
+        validation=trainer.validation,
+        signal_number=None if finished else stop.signal_number,
+    )
+
+
+def _prepare(
+    config: TrainConfig, run_dir: Path, *, resuming: bool, leads: bool
+) -> tuple[TrainConfig, PreTrainedTokenizerBase, dict[str, Corpus]]:
+    """Tokenizer and token stores of the run, and the config with what follows from them.
+
+    The first process leads; the others come after it and find its work on disk.
+    """
+    files = {"train": find_files(config.data.train, name="data.train")}
+    if config.data.validation:
+        files["validation"] = find_files(config.data.validation, name="data.validation")
+    tokenizer_dir = run_dir / "tokenizer"
+    if resuming or not leads:
+        tokenizer = load_tokenizer(tokenizer_dir)
+    elif config.tokenizer.load:
+        tokenizer = load_tokenizer(config.tokenizer.load)
+    else:
+        texts = (d.text for d in read_documents(files["train"], text_field=config.data.text_field))
+        tokenizer = train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size or 0)
+    config = _resolve(config, tokenizer)
+    if resuming:
+        _check_same_settings(config, run_dir)
+    corpora = {
+        name: build_corpus(
+            paths, tokenizer, run_dir / "tokens", name=name, text_field=config.data.text_field
+        )
+        for name, paths in files.items()
+    }
+    _check_held_out(corpora.get("validation"))
+    digests = {name: corpus.digest for name, corpus in corpora.items()}
+    if resuming:
+        _check_same_data(digests, run_dir)
+    elif leads:
+        tokenizer.save_pretrained(tokenizer_dir)
+        write_text(run_dir / "data.json", json.dumps(digests, indent=1))
+    return config, tokenizer, corpora
+
+
+def _resolve(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainConfig:
+    """Fills in the settings that follow from the tokenizer and the lengths, and checks them."""
+    data = config.data
+    longest = max(data.seq_len, data.validation_max_tokens or 0)
+    model: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": longest,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **config.model,
+    }
+    if model["vocab_size"] < len(tokenizer):
+        raise ValueError(
+            f"model.vocab_size: expected at least the tokenizer's {len(tokenizer)} tokens, "
+            f"got {model['vocab_size']}. Leave it out to take the tokenizer's."
+        )
+    for name, value in (
+        ("seq_len", data.seq_len),
+        ("validation_max_tokens", data.validation_max_tokens or 0),
+    ):
+        if value > model["max_position_embeddings"]:
+            raise ValueError(
+                f"data.{name}: expected at most model.max_position_embeddings = "
+                f"{model['max_position_embeddings']}, got {value}."
+            )
+    read = data.validation_max_tokens or model["max_position_embeddings"]
+    return replace(config, model=model, data=replace(data, validation_max_tokens=read))
+
+
+def _check_same_settings(config: TrainConfig, run_dir: Path) -> None:
+    before = _flat(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
+    now = _flat(config.to_dict())
+    changed = [
+        f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
+        for key in sorted(before.keys() | now.keys())
+        if key not in _MAY_CHANGE and before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"--resume: the run in {run_dir} was made with other settings: {', '.join(changed)}. "
+            "Set them back, or choose another training.output_dir."
+        )
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, settings in values.items()
+        for key, value in settings.items()
+    }
+
+
+def _check_same_data(digests: Mapping[str, str], run_dir: Path) -> None:
+    before = json.loads((run_dir / "data.json").read_text(encoding="utf-8"))
+    changed = [f"data.{name}" for name in before if digests.get(name) != before[name]]
+    if changed:
+        raise ValueError(
+            f"--resume: the text of {', '.join(changed)} is not what the run in {run_dir} began "
+            "with. Put the files back, or choose another training.output_dir."
+        )
+
+
+def _check_held_out(corpus: Corpus | None) -> None:
+    if corpus is not None and int(np.diff(corpus.offsets).max()) < 2:
+        raise ValueError(
+            "data.validation: expected documents of at least 2 tokens, found none. Check the files."
+        )
+
+
+def _documents(corpus: Corpus | None) -> list[np.ndarray]:
+    """Held-out documents that predict something."""
+    if corpus is None:
+        return []
+    documents = (corpus.document(index) for index in range(corpus.num_documents))
+    return [document for document in documents if len(document) > 1]
+
+
+def _tensorboard(run_dir: Path) -> list[TrainerCallback]:
+    if not is_tensorboard_available():
+        return []
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(run_dir / "tensorboard")
+    return [callback]
+
+
+def _describe(
+    config: TrainConfig,
+    corpora: Mapping[str, Corpus],
+    rows: PackedRows,
+    model: torch.nn.Module,
+    console: Console,
+) -> None:
+    console.print(config.to_yaml(), markup=False)
+    for name, corpus in corpora.items():
+        console.print(
+            f"{name}: {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens",
+            markup=False,
+        )
+    parameters = sum(p.numel() for p in model.parameters())
+    console.print(
+        f"model: {parameters:,} parameters; {len(rows):,} rows of {config.data.seq_len:,} tokens, "
+        f"{len(rows) / rows.rows_per_epoch:.2f} epochs",
+        markup=False,
+    )

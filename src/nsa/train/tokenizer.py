@@ -1,0 +1,136 @@
+"""A byte-level BPE tokenizer: trained on the corpus or loaded, always saved with the run.
+
+Not a tokenizer implementation: the work is done by the ``tokenizers`` library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
+
+# 256 byte values and the two special tokens: below this some text could not be written.
+MIN_VOCAB_SIZE = 258
+
+# BPE merges settle long before this much text; more only makes the first minutes of a run longer.
+TRAIN_TEXT_CHARS = 100_000_000
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains byte-level BPE, so that every string can be encoded and decodes to itself.
+
+    Args:
+        texts: documents; reading stops after :data:`TRAIN_TEXT_CHARS` characters.
+        vocab_size: tokens in all, the 256 bytes and two special tokens included. A small corpus may
+            give fewer.
+
+    Returns:
+        A tokenizer with ``<|endoftext|>`` as start and end of a document and ``<|padding|>`` for
+        padding.
+
+    Raises:
+        ValueError: ``vocab_size`` is below 258, or there is no text.
+
+    Example:
+        >>> tokenizer = train_tokenizer(["to be or not to be"] * 10, vocab_size=270)
+        >>> tokenizer.decode(tokenizer.encode("not to be"))
+        'not to be'
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"tokenizer.vocab_size: expected at least {MIN_VOCAB_SIZE} (256 bytes and two special "
+            f"tokens), got {vocab_size}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    taken = _Taken(texts)
+    tokenizer.train_from_iterator(taken, trainer=trainer)
+    if not taken.num_chars:
+        raise ValueError("tokenizer: expected text to train on, got none. Check data.train.")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer from a folder or, where there is a network, from the Hugging Face Hub.
+
+    Args:
+        path: folder with ``tokenizer.json``, or a name on the Hub.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: nothing loadable there, or it has no end-of-text token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(
+            "tokenizer: expected a folder with tokenizer.json or a name on the Hub, "
+            f"got {str(path)!r} ({first_line})."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer: expected an end-of-text token (eos_token) in {str(path)!r}, found none. "
+            "Add one, since documents are closed with it."
+        )
+    return tokenizer
+
+
+def encode_documents(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> Iterator[list[int]]:
+    """Encodes whole documents: start token (where the tokenizer has one), text, end token.
+
+    Text that spells a special token is encoded as plain text, so that a document cannot close
+    itself.
+
+    Args:
+        tokenizer: from this module.
+        texts: documents.
+
+    Yields:
+        Token ids, one list per document.
+    """
+    start, end = (
+        [i] if isinstance(i, int) else [] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    )
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+    )
+    for ids in encoded["input_ids"]:
+        yield [*start, *ids, *end]
+
+
+class _Taken:
+    """Passes texts on until the limit, counting characters."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts = texts
+        self.num_chars = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            yield text
+            self.num_chars += len(text)
+            if self.num_chars >= TRAIN_TEXT_CHARS:
+                return
