@@ -107,7 +107,7 @@ class TextModel:
     def _pad_token_id(self) -> int:
         """Never used with one sequence, but transformers warns when there is none."""
         pad = self.tokenizer.pad_token_id
-        return 0 if pad is None else pad
+        return pad if isinstance(pad, int) else 0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -136,10 +136,11 @@ class Chat:
         if tokenizer.chat_template:
             messages = [*self.messages, {"role": "user", "content": message}]
             prompt = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False
+                messages, add_generation_prompt=True, tokenize=False
             )
-            assert isinstance(prompt, list)
-            made = self.loaded.stream(prompt, on_text=on_text, **sampling)
+            # The template has written the special tokens already.
+            ids = tokenizer(str(prompt), add_special_tokens=False).input_ids
+            made = self.loaded.stream(ids, on_text=on_text, **sampling)
             self.messages = [*messages, {"role": "assistant", "content": made.text}]
             return made
         prompt = f"{self.transcript}{message}\n"

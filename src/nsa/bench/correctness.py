@@ -1,0 +1,170 @@
+"""The check that comes before every measurement: a wrong answer has no speed.
+
+The oracle is the reference in float64 on the same inputs, at a length that does not divide into
+blocks. The bounds are loose enough for any honest kernel of that dtype and far below what one wrong
+block, head or mask entry causes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsa import reference
+from nsa.bench.operations import OPERATIONS
+from nsa.bench.providers import Outputs, Provider
+from nsa.bench.shapes import Shape
+from nsa.bench.workloads import Tensors, add_selection, make_tensors
+from nsa.config import NSAConfig
+from nsa.ops import window_attention
+
+# Largest relative error of a tensor (root mean square), and of one row against the largest row.
+BOUNDS = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 2e-2,
+}
+
+
+class WrongResultError(Exception):
+    """A provider's result is not the operation's."""
+
+
+def check(
+    provider: Provider,
+    operation: str,
+    mode: str,
+    shape: Shape,
+    workload: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> float:
+    """Compares one operation with the oracle.
+
+    Returns:
+        The largest relative error found.
+
+    Raises:
+        WrongResultError: it is above the bound of the dtype.
+    """
+    entry = OPERATIONS[operation]
+    tensors = make_tensors(shape, check_length(operation, shape), workload, dtype, device)
+    tensors = add_selection(tensors, shape.config, provider.backend)
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
+    with_grad = mode == "backward"
+    got = _run(provider.operations[operation], entry.leaves, tensors, shape.config, with_grad)
+    if operation == "select_blocks":
+        error = _selection_error(got[0], exact, shape.config)
+    else:
+        expected = _run(_oracle(operation), entry.leaves, exact, shape.config, with_grad)
+        error = max(_relative_error(a, b) for a, b in zip(got, expected, strict=True))
+    if not error <= BOUNDS[dtype]:
+        raise WrongResultError(
+            f"{provider.name} {operation} {mode}: relative error {error:.1e} against the reference "
+            f"in float64, expected at most {BOUNDS[dtype]:.0e} in {dtype}"
+        )
+    return error
+
+
+def check_length(operation: str, shape: Shape) -> int:
+    """Tokens of the check: an odd number, with a real choice of blocks.
+
+    Operations that choose blocks and attend to them in one call get a length at which every block
+    is chosen: near-ties would otherwise fall differently in float64, and one other block changes a
+    row entirely. ``select_blocks`` is compared by the scores of what it chose, so it needs no such
+    care.
+    """
+    covered = shape.config.num_selected_blocks * shape.config.block_size
+    if OPERATIONS[operation].selects and operation != "select_blocks":
+        return covered - 3
+    return covered * 3 // 2 + 5
+
+
+def _oracle(operation: str):
+    """The reference; dense attention is a window that covers everything."""
+    run = OPERATIONS[operation].run
+
+    def prepare(tensors: Tensors, config: NSAConfig):
+        def call() -> Outputs:
+            if run is not None:
+                return run(tensors, config, "reference")
+            q, k, v = (tensors[name] for name in ("q", "k_slc", "v_slc"))
+            o = window_attention(q, k, v, window_size=q.shape[1], backend="reference")
+            return (o[:, -1:] if operation == "dense_decode" else o,)
+
+        return call
+
+    return prepare
+
+
+def _run(
+    prepare, leaves: tuple[str, ...], tensors: Tensors, config: NSAConfig, with_grad: bool
+) -> Outputs:
+    """Outputs, followed by gradients of the leaves for a fixed gradient of the outputs."""
+    if with_grad:
+        tensors = with_leaves(tensors, leaves)
+    outputs = prepare(tensors, config)()
+    if not with_grad:
+        return outputs
+    grads = [output_gradient(x) for x in outputs]
+    gradients = torch.autograd.grad(outputs, [tensors[name] for name in leaves], grads)
+    return *(x.detach() for x in outputs), *gradients
+
+
+def with_leaves(tensors: Tensors, leaves: tuple[str, ...]) -> Tensors:
+    """The same tensors, those named ready to receive gradients."""
+    return tensors | {name: tensors[name].detach().requires_grad_() for name in leaves}
+
+
+def output_gradient(output: Tensor) -> Tensor:
+    """Normal noise like ``output``, the same for every dtype up to rounding."""
+    generator = torch.Generator(output.device).manual_seed(1)
+    noise = torch.randn(output.shape, generator=generator, device=output.device)
+    return noise.bfloat16().to(output.dtype)
+
+
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    if got.shape != expected.shape:
+        return float("inf")
+    difference = (got.double() - expected).flatten(0, -2)
+    expected = expected.flatten(0, -2)
+    overall = difference.norm() / expected.norm()
+    worst_row = difference.norm(dim=-1).max() / expected.norm(dim=-1).max()
+    return float(torch.maximum(overall, worst_row))
+
+
+def _selection_error(block_indices: Tensor, exact: Tensors, config: NSAConfig) -> float:
+    """How much score the chosen blocks miss, relative to the best choice; infinite if malformed."""
+    seq_len = block_indices.shape[1]
+    scale = exact["q"].shape[-1] ** -0.5
+    q, k_cmp = exact["q"], exact["k_cmp"]
+    _, lse = reference.compressed_attention_fwd(
+        q,
+        k_cmp,
+        exact["v_cmp"],
+        compress_block_size=config.compress_block_size,
+        compress_stride=config.compress_stride,
+        softmax_scale=scale,
+    )
+    best = reference.select_blocks(q, k_cmp, lse, config=config, softmax_scale=scale)
+    unused, ordered = block_indices < 0, block_indices[..., 1:] > block_indices[..., :-1]
+    if not torch.equal(unused, best < 0) or not bool((ordered | unused[..., 1:]).all()):
+        return float("inf")
+    own = torch.arange(seq_len, device=q.device)[:, None, None] // config.block_size
+    chosen = torch.zeros(
+        *best.shape[:3], config.num_blocks(seq_len) + 1, dtype=torch.bool, device=q.device
+    )
+    chosen.scatter_(-1, block_indices.long().masked_fill(unused, chosen.shape[-1] - 1), True)
+    blocks = torch.arange(chosen.shape[-1] - 1, device=q.device)
+    forced = (blocks < config.num_init_blocks) | (blocks > own - config.num_local_blocks)
+    if bool((block_indices > own).any()) or not bool(
+        (chosen[..., :-1] | ~forced | (blocks > own)).all()
+    ):
+        return float("inf")
+    scores = reference.block_scores(q, k_cmp, lse, 0, seq_len, config, scale)
+    got, most = (
+        scores.gather(-1, x.long().clamp(min=0)).masked_fill(x < 0, 0).sum(-1)
+        for x in (block_indices, best)
+    )
+    return float(((most - got) / most.clamp(min=1e-12)).max())

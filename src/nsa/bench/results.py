@@ -1,0 +1,96 @@
+"""Results on disk (one JSON object a line, appended) and on screen."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+Row = dict[str, Any]
+
+# What makes two measurements the same one, so that the later replaces the earlier in tables.
+KEY = ("device", "dtype", "shape", "seq_len", "workload", "operation", "mode", "provider")
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Adds rows to a JSON lines file in one write: whoever stops us leaves whole lines."""
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, text.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a JSON lines file, oldest first.
+
+    Raises:
+        ValueError: a line is not a JSON object; the message names the line.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise _not_a_row(path, number, line) from error
+        if not isinstance(row, dict):
+            raise _not_a_row(path, number, line)
+        rows.append(row)
+    return rows
+
+
+def _not_a_row(path: Path, number: int, line: str) -> ValueError:
+    return ValueError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}.")
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The last measurement of each case, in order of first appearance."""
+    newest: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        newest[tuple(row[name] for name in KEY)] = row
+    return list(newest.values())
+
+
+def terminal_table(rows: list[Row]) -> Table:
+    """What was measured, one case a row; problems stand where the times would be."""
+    table = Table("operation", "mode", "provider", "tokens", "queries", title=_title(rows))
+    for name in ("overlap", "p20 ms", "p50 ms", "p80 ms", "MiB", "GFLOP/s", "GB/s", "error"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        names = [row["operation"], row["mode"], row["provider"]]
+        names += [str(row["seq_len"]), row["workload"]]
+        if "problem" in row:
+            table.add_row(*names, "", f"[red]{row['problem']}")
+            continue
+        seconds, memory = row["p50_ms"] / 1e3, row["peak_memory_bytes"]
+        table.add_row(
+            *names,
+            "" if row["overlap"] is None else f"{row['overlap']:.0%}",
+            *(significant(row[f"p{quantile}_ms"]) for quantile in (20, 50, 80)),
+            "" if memory is None else f"{memory / 2**20:.0f}",
+            significant(row["flops"] / seconds / 1e9),
+            significant(row["bytes"] / seconds / 1e9),
+            f"{row['error']:.0e}",
+        )
+    return table
+
+
+def _title(rows: list[Row]) -> str:
+    first = rows[0]
+    return f"{first['shape']}, {first['dtype']}, {first['device']}"
+
+
+def significant(value: float) -> str:
+    """Three significant digits without an exponent, thousands apart."""
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.3g}")
+    decimals = max(0, 2 - int(f"{rounded:e}".split("e")[1]))
+    return f"{rounded:,.{decimals}f}"

@@ -1,0 +1,74 @@
+"""The shapes that are measured: heads, widths and geometry under one name each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nsa.config import NSAConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """One attention layer, batch 1.
+
+    Args:
+        name: what `--shape` takes.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        key_dim: width of queries and keys.
+        value_dim: width of values.
+        seq_lens: lengths measured unless others are asked for, in tokens.
+        config: geometry of the three branches.
+    """
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    seq_lens: tuple[int, ...]
+    config: NSAConfig = field(default_factory=NSAConfig.paper)
+
+
+PAPER_LENGTHS = (8192, 16384, 32768, 65536)
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape(
+            name="tiny",
+            num_heads=4,
+            num_kv_heads=2,
+            key_dim=32,
+            value_dim=32,
+            seq_lens=(256, 512),
+            config=NSAConfig.tiny(),
+        ),
+        Shape(
+            name="laptop",
+            num_heads=4,
+            num_kv_heads=2,
+            key_dim=64,
+            value_dim=64,
+            seq_lens=(1024, 2048, 4096),
+        ),
+        # The paper's heads (section 4.1) at the width every dense kernel supports.
+        Shape(
+            name="paper-d128",
+            num_heads=64,
+            num_kv_heads=4,
+            key_dim=128,
+            value_dim=128,
+            seq_lens=PAPER_LENGTHS,
+        ),
+        # The paper's own widths.
+        Shape(
+            name="paper",
+            num_heads=64,
+            num_kv_heads=4,
+            key_dim=192,
+            value_dim=128,
+            seq_lens=PAPER_LENGTHS,
+        ),
+    )
+}

@@ -1,0 +1,77 @@
+"""Time and memory of one call."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+Call = Callable[[], object]
+
+
+class Times(NamedTuple):
+    """Quantiles over repetitions, in milliseconds."""
+
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+
+
+def time_call(call: Call, device: torch.device, *, repeat_ms: int) -> Times:
+    """Times ``call`` for about ``repeat_ms`` milliseconds after a warm-up.
+
+    On CUDA by Triton's ``do_bench``, which empties the L2 cache between calls; elsewhere by the
+    wall clock, at least three times.
+    """
+    if device.type == "cuda":
+        # Triton is installed wherever PyTorch has CUDA, but not on every system.
+        from triton.testing import do_bench
+
+        measured = do_bench(call, warmup=repeat_ms // 4, rep=repeat_ms, quantiles=[0.2, 0.5, 0.8])
+        assert isinstance(measured, list), "do_bench returns one time per quantile"
+        return Times(*measured)
+    call()
+    samples: list[float] = []
+    while len(samples) < 3 or sum(samples) < repeat_ms:
+        start = time.perf_counter()
+        call()
+        samples.append((time.perf_counter() - start) * 1e3)
+    quantiles = torch.quantile(torch.tensor(samples), torch.tensor([0.2, 0.5, 0.8]))
+    return Times(*quantiles.tolist())
+
+
+def peak_memory_bytes(call: Call, device: torch.device) -> int | None:
+    """Memory that ``call`` needs at its peak on top of what is held before it.
+
+    Returns:
+        Bytes: of PyTorch's allocator on CUDA; of the resident set elsewhere, None where Linux's
+            /proc is missing.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    process = Path("/proc/self")
+    try:
+        # Freed memory that the C library keeps would hide the need for it.
+        ctypes.CDLL(None).malloc_trim(0)
+        (process / "clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return None
+    before = _resident(process, "VmRSS")
+    call()
+    return max(0, _resident(process, "VmHWM") - before)
+
+
+def _resident(process: Path, field: str) -> int:
+    match = re.search(rf"^{field}:\s+(\d+) kB", (process / "status").read_text(), re.MULTILINE)
+    assert match is not None, f"/proc/self/status has no {field}"
+    return int(match[1]) * 1024
