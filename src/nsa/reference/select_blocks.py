@@ -90,11 +90,15 @@ def block_scores(
     )  # [B, C, K, S], heads summed (eq. 10)
     per_block = config.block_size // config.compress_stride
     before = config.compress_block_size // config.compress_stride - 1
-    weights = torch.tensor(config.importance_weights(), dtype=lse.dtype, device=q.device)
+    weights = config.importance_weights()
     # A selection block reads `len(weights)` compressed blocks; the next starts `per_block` later.
     padding = (before, max(0, (num_blocks - 1) * per_block + len(weights) - before - hi))
     windows = torch.nn.functional.pad(per_compressed, padding).unfold(-1, len(weights), per_block)
-    return windows[..., :num_blocks, :] @ weights
+    scores = torch.zeros_like(windows[..., :num_blocks, 0])
+    # Term by term, not a matrix product: every block sums in the same order, so ties stay exact.
+    for i, weight in enumerate(weights):
+        scores += weight * windows[..., :num_blocks, i]
+    return scores
 
 
 def top_blocks(scores: Tensor, first_position: int, config: NSAConfig) -> Tensor:
