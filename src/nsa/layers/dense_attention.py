@@ -1,0 +1,112 @@
+"""Dense causal attention with the same projections: what a sparse model is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from nsa.layers.head_shape import check_heads
+from nsa.layers.rotary import rotate
+
+# new keys and values [batch, kv_heads, seq, dim] -> all of them, the cached ones first
+UpdateKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class DenseAttention(nn.Module):
+    """Grouped-query attention by ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Args:
+        hidden_size: width of the residual stream.
+        num_heads: query heads.
+        num_kv_heads: heads of keys and values; divides ``num_heads``.
+        head_dim: channels of queries and keys.
+        value_head_dim: channels of values; as ``head_dim`` if None.
+        qk_norm_eps: epsilon of an RMSNorm on each head of queries and keys; no such norm if None.
+        bias: of the four projections.
+
+    Raises:
+        ValueError: a size does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        value_head_dim: int | None = None,
+        *,
+        qk_norm_eps: float | None = None,
+        bias: bool = False,
+    ):
+        super().__init__()
+        value_head_dim = head_dim if value_head_dim is None else value_head_dim
+        check_heads(hidden_size, num_heads, num_kv_heads, head_dim, value_head_dim)
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * value_head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * value_head_dim, hidden_size, bias=bias)
+        norms = [
+            nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, eps=qk_norm_eps)
+            for _ in range(2)
+        ]
+        self.q_norm, self.k_norm = norms
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+        update: UpdateKV | None = None,
+    ) -> Tensor:
+        """Causal attention.
+
+        Args:
+            hidden_states: ``[batch, seq, hidden_size]``; ``[1, tokens, hidden_size]`` when packed.
+            cos: of the tokens' positions, ``[batch or 1, seq, rotary_dim]``.
+            sin: like cos.
+            cu_seqlens: int32 ``[num_seqs + 1]`` of packed sequences.
+            mask: bool ``[batch, 1, seq, keys]``, True where a query sees a key; causal if None.
+            update: adds the new keys and values to a cache and returns all.
+
+        Returns:
+            ``[batch, seq, hidden_size]``.
+        """
+        v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, -1))
+        q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)))
+        k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, -1)))
+        q, k = rotate(q.to(v.dtype), cos, sin), rotate(k.to(v.dtype), cos, sin)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if update is not None:
+            k, v = update(k, v)
+        if cu_seqlens is None:
+            o = _attend(q, k, v, mask)
+        elif torch.compiler.is_compiling():
+            o = _attend(q, k, v, _block_causal(cu_seqlens, q.shape[2]))
+        else:
+            # Without a mask, torch has a fast kernel; its cost is that of each sequence alone.
+            sizes = cu_seqlens.diff().tolist()
+            pieces = zip(*[x.split(sizes, dim=2) for x in (q, k, v)], strict=True)
+            o = torch.cat([_attend(*piece, None) for piece in pieces], dim=2)
+        return self.o_proj(o.transpose(1, 2).flatten(-2))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+
+
+def _block_causal(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """bool ``[1, 1, tokens, tokens]``: the same for a traced graph, where lengths are not known."""
+    token = torch.arange(num_tokens, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens, token, right=True)
+    mask = (sequence[:, None] == sequence) & (token[:, None] >= token)
+    return mask[None, None]
