@@ -1,5 +1,4 @@
-"""transformers' Trainer with checkpoints that are whole or absent and a validation loss by
-position.
+"""transformers' Trainer with whole-or-absent checkpoints and a validation loss by position.
 
 Not a training loop: the loop, DDP, FSDP2, mixed precision and the optimizer are Trainer's.
 """
@@ -15,9 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.utils import logging
 
 from nsa.train import checkpoint
 from nsa.train.config import LoopConfig
@@ -36,6 +38,7 @@ def training_arguments(loop: LoopConfig) -> TrainingArguments:
     recompute = next(
         n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names
     )
+    renamed: dict[str, Any] = {recompute: loop.gradient_checkpointing}
     schedule = {
         "cosine": ("cosine_with_min_lr", {"min_lr_rate": loop.min_lr_ratio}),
         "wsd": (
@@ -58,7 +61,6 @@ def training_arguments(loop: LoopConfig) -> TrainingArguments:
         bf16=loop.precision == "bf16" or (loop.precision == "auto" and on_gpu),
         seed=loop.seed,
         use_cpu=not on_gpu,
-        ddp_backend=None if on_gpu else "gloo",
         ddp_find_unused_parameters=False,
         fsdp=True if loop.fsdp else None,  # pyright: ignore[reportArgumentType]
         fsdp_config={"version": 2, "state_dict_type": "FULL_STATE_DICT"} if loop.fsdp else None,
@@ -74,7 +76,7 @@ def training_arguments(loop: LoopConfig) -> TrainingArguments:
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to="none",
-        **{recompute: loop.gradient_checkpointing},
+        **renamed,
     )
     if loop.fsdp and args.world_size == 1:
         raise ValueError(
@@ -91,6 +93,7 @@ class NSATrainer(Trainer):
     """Trainer for packed rows.
 
     Args:
+        run_dir: folder of the run.
         validation_documents: token ids of held-out documents; empty for none.
         validation_max_tokens: tokens read of each.
         keep_checkpoints: checkpoints kept.
@@ -100,6 +103,7 @@ class NSATrainer(Trainer):
     def __init__(
         self,
         *,
+        run_dir: Path,
         validation_documents: Sequence[np.ndarray] = (),
         validation_max_tokens: int = 0,
         keep_checkpoints: int,
@@ -111,7 +115,20 @@ class NSATrainer(Trainer):
         self.validation_max_tokens = validation_max_tokens
         self.keep_checkpoints = keep_checkpoints
         self.validation: PositionLosses | None = None
-        self._output_dir = Path(self.args.output_dir)
+        self.run_dir = run_dir
+        self._output_dir = run_dir
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's own, and FSDP2 on CPUs, where accelerate 1.15 drops the plug-in for DDP."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            state = self.accelerator.state
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if state.mixed_precision != "no":
+                state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+            state.distributed_type = DistributedType.FSDP
+            PartialState().distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
 
     def evaluate(
         self,
@@ -158,58 +175,60 @@ class NSATrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves weights, config and tokenizer, for generation with a cache."""
-        config = self.model.config  # pyright: ignore[reportOptionalMemberAccess]
+        config: Any = self.model.config  # pyright: ignore[reportOptionalMemberAccess]
         in_training, config.use_cache = config.use_cache, True
+        showed_bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
         try:
             super().save_model(output_dir, _internal_call)
         finally:
             config.use_cache = in_training
+            if showed_bars:
+                logging.enable_progress_bar()
 
     def save_final_model(self) -> Path:
         """Publishes the weights as ``<output_dir>/model``, ready for ``from_pretrained``."""
-        run_dir = Path(self.args.output_dir)
-        staged = self._fresh_staging(run_dir) / "model"
+        staged = self._fresh_staging() / "model"
         try:
             self.save_model(str(staged), _internal_call=True)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise checkpoint.save_error(
-                error, step=self.state.global_step, run_dir=run_dir
+                error, step=self.state.global_step, run_dir=self.run_dir
             ) from error
-        return self._publish(staged, run_dir)
+        return self._publish(staged)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run_dir = Path(self.args.output_dir)
-        self._output_dir = self._fresh_staging(run_dir)
+        self._output_dir = self._fresh_staging()
         staged = self._output_dir / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-            self._publish(staged, run_dir)
+            self._publish(staged)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(staged, ignore_errors=True)
             raise checkpoint.save_error(
-                error, step=self.state.global_step, run_dir=run_dir
+                error, step=self.state.global_step, run_dir=self.run_dir
             ) from error
         finally:
-            self._output_dir = run_dir
+            self._output_dir = self.run_dir
         if self.args.should_save:
-            checkpoint.rotate(run_dir, self.keep_checkpoints)
+            checkpoint.rotate(self.run_dir, self.keep_checkpoints)
 
-    def _fresh_staging(self, run_dir: Path) -> Path:
-        staging = run_dir / checkpoint.STAGING
+    def _fresh_staging(self) -> Path:
+        staging = self.run_dir / checkpoint.STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         return staging
 
-    def _publish(self, staged: Path, run_dir: Path) -> Path:
+    def _publish(self, staged: Path) -> Path:
         # Every process has files in it: random states, shards.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoint.publish(staged, run_dir)
+            checkpoint.publish(staged, self.run_dir)
             staged.parent.rmdir()
         self.accelerator.wait_for_everyone()
-        return run_dir / staged.name
+        return self.run_dir / staged.name

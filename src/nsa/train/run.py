@@ -16,8 +16,10 @@ import torch
 import yaml
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
-from transformers.utils import is_tensorboard_available
+from transformers.integrations.integration_utils import (
+    TensorBoardCallback,
+    is_tensorboard_available,
+)
 
 from nsa.models import NSAForCausalLM, NSAModelConfig
 from nsa.train import checkpoint
@@ -153,12 +155,13 @@ def _run(
         validates=bool(held_out),
     )
     trainer = NSATrainer(
+        run_dir=Path(loop.output_dir),
         model=model,
         args=args,
         train_dataset=rows,
         data_collator=collate,
         processing_class=tokenizer,
-        callbacks=[milestones, stop, progress, *_tensorboard(Path(loop.output_dir))],
+        callbacks=[milestones, stop, progress, *_tensorboard(Path(loop.output_dir), console)],
         validation_documents=held_out,
         validation_max_tokens=config.data.validation_max_tokens or 0,
         keep_checkpoints=loop.keep_checkpoints,
@@ -172,7 +175,7 @@ def _run(
 
 
 def _finish(trainer: NSATrainer, stop: StopOnSignal, console: Console) -> TrainResult:
-    run_dir = Path(trainer.args.output_dir)
+    run_dir = trainer.run_dir
     state = trainer.state
     finished = state.global_step >= state.max_steps
     model_dir = trainer.save_final_model() if finished else None
@@ -189,9 +192,9 @@ def _finish(trainer: NSATrainer, stop: StopOnSignal, console: Console) -> TrainR
         output_dir=run_dir,
         model_dir=model_dir,
         step=state.global_step,
-        losses=[(e["step"], e["loss"]) for e in state.log_history if "loss" in e],
+        losses=[(int(e["step"]), e["loss"]) for e in state.log_history if "loss" in e],
         validation_losses=[
-            (e["step"], e["eval_loss"]) for e in state.log_history if "eval_loss" in e
+            (int(e["step"]), e["eval_loss"]) for e in state.log_history if "eval_loss" in e
         ],
         validation=trainer.validation,
         signal_number=None if finished else stop.signal_number,
@@ -313,8 +316,13 @@ def _documents(corpus: Corpus | None) -> list[np.ndarray]:
     return [document for document in documents if len(document) > 1]
 
 
-def _tensorboard(run_dir: Path) -> list[TrainerCallback]:
+def _tensorboard(run_dir: Path, console: Console) -> list[TrainerCallback]:
     if not is_tensorboard_available():
+        console.print(
+            "tensorboard is not installed, so this run writes no event files: "
+            'pip install "native-sparse-attention[train]"',
+            markup=False,
+        )
         return []
     callback = TensorBoardCallback()
     callback.logging_dir = str(run_dir / "tensorboard")
