@@ -250,5 +250,32 @@ def bench_plot(
     typer.echo(f"Wrote {output}.")
 
 
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file, see configs/ and docs/training.md.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="section.key=value over the file's; may be repeated."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+    ] = False,
+) -> None:
+    """Train a model from text files; Ctrl-C saves a checkpoint and stops.
+
+    Several devices: torchrun --nproc-per-node N --no-python nsa train CONFIG.
+    """
+    from nsa.train.config import load_config
+    from nsa.train.run import train as run_training
+
+    result = run_training(
+        load_config(config, overrides or ()), resume=resume, console=Console(highlight=False)
+    )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if result.signal_number is not None:
+        raise typer.Exit(128 + result.signal_number)
+
+
 if __name__ == "__main__":
     main()
