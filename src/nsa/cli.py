@@ -277,5 +277,34 @@ def train(
         raise typer.Exit(128 + result.signal_number)
 
 
+@app.command()
+def inspect(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="UTF-8 file the model reads, from its start.")],
+    output: Annotated[Path, typer.Option(help="The page to write, .html.")],
+    twin: Annotated[
+        Path | None, typer.Option(help="Folder of the dense twin, to compare with its attention.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at most.")] = 1024,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="Only this layer; may be repeated.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Write a page that shows where a model looks in a text; it opens without a network."""
+    from nsa.inspect import inspect_text
+
+    num_tokens = inspect_text(
+        model,
+        text,
+        output,
+        device=pick_device(device),
+        twin=twin,
+        max_tokens=max_tokens,
+        layers=layer,
+    )
+    typer.echo(f"Read {num_tokens:,} tokens. Wrote {output}: open it in a browser.")
+
+
 if __name__ == "__main__":
     main()
