@@ -1,6 +1,7 @@
 """Native Sparse Attention (arXiv 2502.11089) for training and inference.
 
-``import nsa`` loads PyTorch, neither transformers nor a GPU. The names that need transformers are loaded when first used.
+``import nsa`` loads PyTorch, neither transformers nor a GPU. The names that need transformers are
+loaded when first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Keys and values of one layer for decoding: three branches, compressed blocks written as their windows close."""
+"""Keys and values of one layer for decoding.
+
+Three branches; compressed blocks are written as their windows close.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ _FIRST_CAPACITY = 64  # tokens; below that, growing would only move memory
 
 
 class TokenKV(NamedTuple):
-    """One entry per new token, ``[batch, seq, kv_heads, dim]``. Tensors that are the same object are stored once."""
+    """One entry per new token, ``[batch, seq, kv_heads, dim]``.
+
+    Fields that are the same tensor are stored once.
+    """
 
     k_cmp: Tensor  # before rotation: phi sees it so
     v_cmp: Tensor
@@ -42,8 +48,8 @@ Compress = Callable[[Tensor, Tensor, list[int]], tuple[Tensor, Tensor]]
 class LayerCache:
     """Right-padded rows of different lengths, in buffers that double when they are full.
 
-    Token ``t`` of row ``b`` is at index ``t``; compressed block ``i`` (eq. 7) is stored as soon as its last
-    token ``i * d + l - 1`` is. So everything follows from the lengths, and dropping the last
+    Token ``t`` of a row is at index ``t``; compressed block ``i`` (eq. 7) is stored as soon as its
+    last token ``i * d + l - 1`` is. So everything follows from the lengths, and dropping the last
     tokens is only a change of length.
 
     Args:

@@ -1,4 +1,4 @@
-"""Modules: attention with its projections, gates and compressor, its dense twin, and rotary embedding."""
+"""Modules: attention with its projections, gates and compressor; its dense twin; rotation."""
 
 from nsa.layers.compressor import Compressor
 from nsa.layers.dense_attention import DenseAttention

@@ -11,7 +11,7 @@ from nsa.ops.compress_kv import KINDS
 
 
 class Compressor(nn.Module):
-    """Compresses keys and values, each with its own phi, shared by the kv heads but for the positions.
+    """Compresses keys and values, each with a phi that all kv heads share but for its positions.
 
     Every kind starts as exact mean pooling. The forms are those of ``nsa.compress_kv``.
 
@@ -89,14 +89,14 @@ class Compressor(nn.Module):
             self.get_parameter(name).copy_(value)
 
     def weights(self, side: str, dtype: torch.dtype) -> CompressorWeights:
-        """phi's weights of ``side`` "k" or "v" in ``dtype``, that of the tokens (it differs under autocast)."""
+        """Weights for ``side`` "k" or "v" in the tokens' ``dtype``, another one under autocast."""
         found = [getattr(self, f"{side}_{name}") for name in CompressorWeights._fields]
         return CompressorWeights(*[None if x is None else x.to(dtype) for x in found])
 
     def forward(
         self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Compressed keys and values; shapes as in ``nsa.compress_kv``. ``k`` is not yet rotated."""
+        """Compressed keys and values as ``nsa.compress_kv`` lays them out; ``k`` is not rotated."""
         return ops.compress_kv(
             k,
             v,

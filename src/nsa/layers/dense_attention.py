@@ -94,7 +94,7 @@ class DenseAttention(nn.Module):
             # Without a mask, torch has a fast kernel; its cost is that of each sequence alone.
             sizes = cu_seqlens.diff().tolist()
             pieces = zip(*[x.split(sizes, dim=2) for x in (q, k, v)], strict=True)
-            o = torch.cat([_attend(*piece, None) for piece in pieces], dim=2)
+            o = torch.cat([_attend(a, b, c, None) for a, b, c in pieces], dim=2)
         return self.o_proj(o.transpose(1, 2).flatten(-2))
 
 
@@ -105,7 +105,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _block_causal(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """bool ``[1, 1, tokens, tokens]``: the same for a traced graph, where lengths are not known."""
+    """Mask ``[1, 1, tokens, tokens]``, for traced graphs, which cannot depend on lengths."""
     token = torch.arange(num_tokens, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens, token, right=True)
     mask = (sequence[:, None] == sequence) & (token[:, None] >= token)

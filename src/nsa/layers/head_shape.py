@@ -6,7 +6,7 @@ from __future__ import annotations
 def check_heads(
     hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, value_head_dim: int
 ) -> None:
-    """Positive integers, an even ``head_dim`` (rotation turns pairs), kv heads that divide the heads.
+    """Positive integers, kv heads that divide the heads, an even ``head_dim``.
 
     Raises:
         ValueError: a value does not fit; the message names it.

@@ -1,8 +1,9 @@
-"""Native Sparse Attention as a module: projections, rotation, gates and compressor around ``nsa.nsa_attention``.
+"""Native Sparse Attention as a module: projections, rotation, gates and compressor around the op.
 
-Where the paper leaves a choice, this module makes it: queries are rotated once for all branches; phi sees
-keys before rotation, and the compressed key ``i`` is rotated at position ``i * d + l // 2``, the middle of
-its block; gates are one sigmoid per head and branch of a two-layer MLP on the token.
+Where the paper leaves a choice, this module makes it: queries are rotated once for all branches;
+phi sees keys before rotation, and the compressed key ``i`` is rotated at position
+``i * d + l // 2``, the middle of its block; gates are one sigmoid per head and branch of a
+two-layer MLP on the token.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa import ops
-from nsa.cache import LayerCache, TokenKV
+from nsa.cache import CachedKV, LayerCache, TokenKV
 from nsa.config import NSAConfig
 from nsa.layers.compressor import Compressor
 from nsa.layers.head_shape import check_heads
@@ -242,7 +243,7 @@ class NativeSparseAttention(nn.Module):
             )
             o[rows, :count] = ops.nsa_decode(
                 q[rows, :count],
-                *[x[rows] for x in cached],
+                *CachedKV(*[x[rows] for x in cached]),
                 gates[rows, :count],
                 seq_lens=lengths[rows],
                 config=self.config,
@@ -262,10 +263,10 @@ class NativeSparseAttention(nn.Module):
 def _middle_of_slots(
     cu_seqlens: Tensor, num_slots: int, num_tokens: int, middle: int, stride: int
 ) -> Tensor:
-    """The packed index of the middle token of each slot's block; any token for a slot in no sequence.
+    """The packed index of the middle token of each slot's block; any token for an unused slot.
 
-    Sequence ``b`` owns the slots from ``cu_seqlens[b] // stride`` on. Of sequences that start at the same
-    slot only the last can be long enough to have a block.
+    Sequence ``b`` owns the slots from ``cu_seqlens[b] // stride`` on. Of sequences that start at
+    the same slot only the last can be long enough to have a block.
     """
     first_slots = cu_seqlens // stride
     slots = torch.arange(num_slots, device=cu_seqlens.device)

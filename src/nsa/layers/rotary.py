@@ -1,4 +1,4 @@
-"""Rotary position embedding: cosines and sines of positions, and their application to queries and keys."""
+"""Rotary position embedding: cosines and sines of positions, and the rotation itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rotation(
 
     Args:
         positions: integer ``[...]``, counted from the start of each sequence.
-        inv_freq: float32 ``[dim / 2]``; scaled frequencies (YaRN, llama3, ...) make a longer context.
+        inv_freq: float32 ``[dim / 2]``; scaled ones (YaRN, llama3, ...) reach further.
         attention_scaling: factor on both, by which YaRN sharpens the logits.
         dtype: of the result. The angles themselves are float32 whatever it is.
 
@@ -33,10 +33,10 @@ def rotation(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the first ``cos.shape[-1]`` channels of ``x [..., seq, heads, dim]``, halves paired as in Llama.
+    """Rotates the first ``rotary_dim`` channels of ``x``, the halves paired as in Llama.
 
     Args:
-        x: queries or keys.
+        x: queries or keys ``[..., seq, heads, dim]``.
         cos: ``[..., seq, rotary_dim]``, broadcast over heads and, with a leading 1, over the batch.
         sin: like cos.
 

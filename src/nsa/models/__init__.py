@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from nsa.models.configuration import NSAModelConfig
 from nsa.models.hf_cache import NSACacheLayer
+from nsa.models.loading import load_model
 from nsa.models.modeling import NSAForCausalLM, NSAModel, NSAPreTrainedModel
 
 AutoConfig.register(NSAModelConfig.model_type, NSAModelConfig, exist_ok=True)
@@ -20,4 +21,5 @@ __all__ = [
     "NSAModel",
     "NSAModelConfig",
     "NSAPreTrainedModel",
+    "load_model",
 ]

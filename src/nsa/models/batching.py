@@ -1,12 +1,13 @@
 """How a batch lies in memory: padding, packing and positions, resolved once per forward.
 
-Sparse attention takes no mask. Left-padded rows are rolled so that each begins at column 0; padding then
-lies after all real tokens, where causality hides it, and the outputs are rolled back. The dense
-twin keeps the columns as they are, as its cache does, and gets a mask.
+Sparse attention takes no mask. Left-padded rows are rolled so that each begins at column 0; padding
+then lies after all real tokens, where causality hides it, and the outputs are rolled back. The
+dense twin keeps the columns as they are, as its cache does, and gets a mask.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ def packed_layout(cu_seqlens: Tensor, batch: int, num_tokens: int) -> Layout:
                 f"cu_seqlens: expected to rise from 0 to the number of tokens = {num_tokens}, got "
                 f"{bounds}."
             )
-        longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        longest = max(b - a for a, b in pairwise(bounds))
     token = torch.arange(num_tokens, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
     positions = token - cu_seqlens[sequence]
@@ -82,8 +83,8 @@ def packed_layout(cu_seqlens: Tensor, batch: int, num_tokens: int) -> Layout:
 def find_packing(position_ids: Tensor | None) -> Tensor | None:
     """``cu_seqlens`` of one row whose positions restart at 0, None if they do not.
 
-    This is how ``transformers.DataCollatorWithFlattening`` marks sequences by default. A traced graph
-    cannot depend on values, so there only ``cu_seqlens`` marks them.
+    This is how ``transformers.DataCollatorWithFlattening`` marks sequences by default. A traced
+    graph cannot depend on values, so there only ``cu_seqlens`` marks them.
     """
     if position_ids is None or position_ids.shape[0] != 1 or torch.compiler.is_compiling():
         return None

@@ -1,4 +1,4 @@
-"""Hugging Face configuration of the model: Llama's fields, the geometry of NSA, and the dense twin's switch."""
+"""Hugging Face configuration: Llama's fields, NSA's geometry, the dense twin's switch."""
 
 from __future__ import annotations
 
@@ -185,5 +185,11 @@ class NSAModelConfig(PreTrainedConfig):
         kind = "full_attention" if self.attention == "dense" else "nsa_attention"
         return [kind] * self.num_hidden_layers
 
-    def validate_layer_type(self) -> None:
-        """Nothing to check: ``layer_types`` follows from ``attention``."""
+    def validate(self) -> None:
+        """Checks every value again; transformers calls it before it writes config.json.
+
+        Its own checks would refuse the layer type, which is in none of its files.
+        """
+        self._check_values()
+        self.validate_rope()
+        self.validate_token_ids()

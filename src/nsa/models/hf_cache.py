@@ -29,7 +29,7 @@ class NSACacheLayer(CacheLayerMixin):
         self.num_columns = 0
 
     def open(self, config: NSAConfig) -> LayerCache:
-        """The storage, made on first use: transformers gives no config to the layers that it creates."""
+        """The storage, made on first use: transformers creates layers without a config."""
         if self.storage is None:
             self.storage = LayerCache(config)
             self.is_initialized = True
@@ -41,7 +41,7 @@ class NSACacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> NoReturn:
-        """Not how this layer is filled: one pair of keys and values is not what three branches need."""
+        """Not how this layer is filled: three branches need more than one pair of tensors."""
         raise RuntimeError("NSACacheLayer is filled by the attention module, not by update().")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The model in transformers' conventions: ``NSAModel`` and, with the language model's head, ``NSAForCausalLM``."""
+"""The model in transformers' conventions: ``NSAModel`` and, with a head, ``NSAForCausalLM``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, initialization
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    initialization,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from nsa.layers import Compressor, DenseAttention, NativeSparseAttention
 from nsa.models.batching import (
@@ -28,7 +35,8 @@ from nsa.models.rotary import RotaryEmbedding, max_positions
 
 
 def _attention(config: NSAModelConfig) -> NativeSparseAttention | DenseAttention:
-    assert config.head_dim is not None and config.num_key_value_heads is not None, "filled in"
+    assert config.head_dim is not None, "filled in by the config"
+    assert config.num_key_value_heads is not None, "filled in by the config"
     sizes = (
         config.hidden_size,
         config.num_attention_heads,
@@ -94,7 +102,9 @@ class NSADecoderLayer(GradientCheckpointingLayer):
         else:
             cache = None
             if past_key_values is not None:
-                cache = past_key_values.layers[self.layer_idx].open(self.geometry)
+                layer = past_key_values.layers[self.layer_idx]
+                assert isinstance(layer, NSACacheLayer), "checked at the model's entry"
+                cache = layer.open(self.geometry)
             attended = self.self_attn(
                 x,
                 cos,
@@ -115,8 +125,8 @@ class NSAPreTrainedModel(PreTrainedModel):
     config_class = NSAModelConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("NSADecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["NSADecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     # Attention belongs to the model. Of transformers' implementations, "sdpa" is the neutral name:
     # "eager" promises attention matrices, and names with "flash" or "flex" need their packages.
     _supports_sdpa = True
@@ -138,6 +148,12 @@ class NSAModel(NSAPreTrainedModel):
 
     def __init__(self, config: NSAModelConfig):
         super().__init__(config)
+        if config._attn_implementation != "sdpa":
+            raise ValueError(
+                "attn_implementation: expected 'sdpa' or none, since attention belongs to this "
+                f"model, got {config._attn_implementation!r}. Choose it with config.attention, "
+                "'nsa' or 'dense'."
+            )
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             NSADecoderLayer(config, index) for index in range(config.num_hidden_layers)
@@ -284,6 +300,18 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         self.model = NSAModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> Any:
+        kind = generation_config.cache_implementation
+        if self.config.attention == "nsa" and kind not in (None, "dynamic", "dynamic_full"):
+            raise ValueError(
+                f"cache_implementation: expected None, which grows as needed, got {kind!r}. Other "
+                "kinds hold no compressed keys; leave it out."
+            )
+        prepare = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        return prepare(generation_config, *args, **kwargs)
 
     @can_return_tuple
     def forward(

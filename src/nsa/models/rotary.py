@@ -16,7 +16,7 @@ _BY_LENGTH = ("dynamic", "longrope")
 
 
 def max_positions(config: NSAModelConfig) -> int:
-    """Tokens of the longest sequence; "dynamic" scaling extends ``max_position_embeddings`` by its factor."""
+    """Tokens of the longest sequence; "dynamic" scaling multiplies the config's by its factor."""
     rope = config.rope_parameters or {}
     if rope.get("rope_type") == "dynamic":
         return int(config.max_position_embeddings * rope["factor"])
@@ -24,7 +24,7 @@ def max_positions(config: NSAModelConfig) -> int:
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines by ``config.rope_parameters``: default, linear, dynamic, yarn, llama3, longrope.
+    """Cosines and sines by ``config.rope_parameters``: default, linear, dynamic, yarn, llama3, ...
 
     With the types whose frequencies depend on the length, cached keys keep the rotation they were
     written with, as in transformers.
@@ -47,7 +47,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def frequencies(self, seq_len: int | None = None) -> tuple[Tensor, float]:
-        """Float32 frequencies ``[rotary_dim / 2]`` on the CPU and the factor of cosines and sines."""
+        """Float32 ``[rotary_dim / 2]`` on the CPU, and the factor of cosines and sines."""
         rope = self.config.rope_parameters or {}
         with torch.device("cpu"):
             if self.rope_type == "default":
@@ -67,7 +67,7 @@ class RotaryEmbedding(nn.Module):
     def forward(
         self, positions: Tensor, *, seq_len: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """``cos`` and ``sin [..., rotary_dim]`` of integer positions in sequences of up to ``seq_len`` tokens."""
+        """``cos`` and ``sin [..., rotary_dim]`` of positions in sequences of ``seq_len`` tokens."""
         inv_freq, attention_scaling = self.inv_freq, self.attention_scaling
         if self.rope_type in _BY_LENGTH:
             inv_freq, attention_scaling = self.frequencies(seq_len)

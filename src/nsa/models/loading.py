@@ -1,0 +1,129 @@
+"""Loading a checkpoint for use, with the checks that tell a damaged one from a good one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model, ours or any other of transformers, and its tokenizer.
+
+    Args:
+        path: a folder that ``save_pretrained`` wrote, of the model and of the tokenizer.
+        dtype: of the weights; as saved if None.
+
+    Returns:
+        The model, in eval mode on the CPU, and the tokenizer.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a file is missing in it.
+        ValueError: a file is cut short, the weights belong to another config, a weight is not
+            finite, or the tokenizer knows more tokens than the model.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"model: expected a folder with config.json and weights, found none at {folder}. Train "
+            "one with `nsa train`, or correct the path."
+        )
+    _check_config(folder)
+    for file in _weight_files(folder):
+        _check_complete(file)
+    model = _load_weights(folder, dtype)
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise ValueError(
+                f"{folder}: expected finite weights, but {name} has NaN or infinity. The training "
+                "that saved it diverged; take an earlier checkpoint."
+            )
+    tokenizer = _load_tokenizer(folder)
+    embeddings: Any = model.get_input_embeddings()
+    vocab_size = embeddings.num_embeddings
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"{folder}: expected a tokenizer of at most {vocab_size} tokens, as the model embeds, "
+            f"got {len(tokenizer)}. Tokenizer and model do not belong together."
+        )
+    return model.eval(), tokenizer
+
+
+def _check_config(folder: Path) -> None:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"model: expected {file}, which is not there.")
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{file}: expected JSON, got {error}. Copy the checkpoint again."
+        ) from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """One file, or the shards that the index names."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"model: expected weights in {folder / name}, not there.")
+    return [folder / name for name in names]
+
+
+def _check_complete(file: Path) -> None:
+    """The header of a safetensors file says how long the file is; opening it compares."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file}: expected a whole safetensors file, but it is cut short or damaged ({error}). "
+            "Copy it again, or take an earlier checkpoint."
+        ) from None
+
+
+def _load_weights(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto" if dtype is None else dtype,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    model, info = loaded
+    wrong: list[tuple[str, Any]] = [
+        ("missing", info["missing_keys"]),
+        ("of another shape", [key[0] for key in info["mismatched_keys"]]),
+        ("unknown", info["unexpected_keys"]),
+    ]
+    found = [f"{len(names)} {kind} ({min(names)}, ...)" for kind, names in wrong if names]
+    if found:
+        raise ValueError(
+            f"{folder}: expected the weights that config.json describes, got {'; '.join(found)}. "
+            "Weights and config.json do not belong together."
+        )
+    return model
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise FileNotFoundError(
+            f"model: expected a tokenizer beside the weights, found no tokenizer.json in {folder}. "
+            "Save it there with tokenizer.save_pretrained."
+        )
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
