@@ -306,5 +306,85 @@ def inspect(
     typer.echo(f"Read {num_tokens:,} tokens. Wrote {output}: open it in a browser.")
 
 
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Long documents, for perplexity by position.")
+    ] = None,
+    haystack: Annotated[
+        list[Path] | None, typer.Option(help="Text to hide needles in, for the needle test.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks, such as lambada_openai,arc_easy,mmlu.")
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(help="Folder with data of well-known tasks; else the Hub.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="section.key=value, see docs/evaluation.md; may be repeated."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents, needles per cell, questions per task.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for results; a new one in runs/eval by default.")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Measure a model: perplexity by position, needles in a haystack, task suites.
+
+    Files and folders are those that `nsa train` reads; options that name them may be repeated.
+    """
+    from nsa.eval.run import Evaluation, default_output, evaluate
+    from nsa.eval.settings import EvalSettings
+
+    evaluation = Evaluation(
+        text=tuple(text or ()),
+        haystack=tuple(haystack or ()),
+        tasks=tuple(name.strip() for name in tasks.split(",")) if tasks else (),
+        task_data=task_data,
+        settings=EvalSettings.from_overrides(overrides or ()),
+        limit=limit,
+        seed=seed or 0,
+    )
+    evaluate(
+        model,
+        evaluation,
+        output=output or default_output(model),
+        device=pick_device(device),
+        console=Console(highlight=False),
+    )
+
+
+@app.command("needle-data")
+def needle_data(
+    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer, or of a model.")],
+    haystack: Annotated[list[Path], typer.Option(help="Text to hide needles in.")],
+    output: Annotated[Path, typer.Option(help="JSON lines to write, .jsonl.")],
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a document at most.")] = 4096,
+    documents: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
+    keys: Annotated[int, typer.Option(min=1, help="Needles, and questions, in each.")] = 4,
+    digits: Annotated[int, typer.Option(min=1, help="Digits of the hidden numbers.")] = 7,
+    seed: Seed = 0,
+) -> None:
+    """Write documents that teach a model the needle test of `nsa eval`."""
+    from nsa.eval.needle import training_documents
+    from nsa.eval.needle_data import read_haystack, write_documents
+
+    made = training_documents(
+        read_haystack(haystack, tokenizer, name="--haystack"),
+        length=length,
+        num_documents=documents,
+        num_keys=keys,
+        num_digits=digits,
+        seed=seed or 0,
+    )
+    write_documents(output, made, num_documents=documents)
+    typer.echo(f"Wrote {documents:,} documents to {output}.")
+
+
 if __name__ == "__main__":
     main()
