@@ -216,6 +216,15 @@ def gates(gates_: Tensor, q: Tensor) -> None:
     same_kind("gates", gates_, q)
 
 
+def value_dims(v_cmp: Tensor, v_slc: Tensor, v_win: Tensor) -> None:
+    """One head dim for the values of all branches."""
+    if not v_cmp.shape[-1] == v_slc.shape[-1] == v_win.shape[-1]:
+        raise ValueError(
+            "v_cmp, v_slc, v_win: expected one head dim, since the branch outputs are added, got "
+            f"{v_cmp.shape[-1]}, {v_slc.shape[-1]} and {v_win.shape[-1]}."
+        )
+
+
 def config(value: NSAConfig) -> None:
     """An NSAConfig, not a dict or a model config."""
     if not isinstance(value, NSAConfig):

@@ -67,11 +67,7 @@ def nsa_attention(
     checks.gates(gates, q)
     for k, v, names in ((k_slc, v_slc, ("k_slc", "v_slc")), (k_win, v_win, ("k_win", "v_win"))):
         checks.token_keys(q, k, v, names, q_offset)
-    if not v_cmp.shape[-1] == v_slc.shape[-1] == v_win.shape[-1]:
-        raise ValueError(
-            "v_cmp, v_slc, v_win: expected one head dim, since the branch outputs are added, got "
-            f"{v_cmp.shape[-1]}, {v_slc.shape[-1]} and {v_win.shape[-1]}."
-        )
+    checks.value_dims(v_cmp, v_slc, v_win)
     common = {
         "softmax_scale": softmax_scale,
         "cu_seqlens": cu_seqlens,

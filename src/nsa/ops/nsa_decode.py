@@ -64,6 +64,7 @@ def nsa_decode(
         (k_win, v_win, ("k_win", "v_win")),
     ):
         checks.keys_values(q, k, v, names)
+    checks.value_dims(v_cmp, v_slc, v_win)
     if seq_lens.dtype not in (torch.int32, torch.int64) or list(seq_lens.shape) != [q.shape[0]]:
         raise ValueError(
             f"seq_lens: expected int32 or int64 [{q.shape[0]}], got {checks.describe(seq_lens)}."

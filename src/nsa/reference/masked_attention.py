@@ -91,7 +91,7 @@ def masked_attention_bwd(
     """
     batch, num_queries, num_heads, _ = q.shape
     wide = compute_dtype(q)
-    dq = torch.zeros_like(q)
+    dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.zeros(k.shape, dtype=wide, device=k.device)
     dv = torch.zeros(v.shape, dtype=wide, device=v.device)
     num_kv_heads = k.shape[2]
