@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nsa.bench.results import Row, latest
 
-if TYPE_CHECKING:
+try:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+except ImportError as error:
+    raise ImportError(
+        'Plots need matplotlib. Run: pip install "native-sparse-attention[plot]"'
+    ) from error
 
 
 def plot(rows: list[Row], output: Path) -> None:
@@ -20,14 +25,7 @@ def plot(rows: list[Row], output: Path) -> None:
 
     Raises:
         ValueError: there is nothing to plot, or the rows mix devices, dtypes or shapes.
-        ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            'Plots need matplotlib. Run: pip install "native-sparse-attention[plot]"'
-        ) from error
     if output.suffix not in (".svg", ".png", ".pdf"):
         raise ValueError(f"output: expected .svg, .png or .pdf, got {output.name!r}.")
     rows = latest(rows)
@@ -65,6 +63,11 @@ def _draw(ax: Axes, rows: list[Row]) -> None:
         ax.fill_between(tokens, low, high, alpha=0.2)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
+    lengths = sorted({row["seq_len"] for row in rows})
+    ax.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    ax.minorticks_off()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.set_xlabel("tokens")
     ax.set_ylabel("ms")
     ax.grid(alpha=0.3)

@@ -58,33 +58,44 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return list(newest.values())
 
 
-def terminal_table(rows: list[Row]) -> Table:
-    """What was measured, one case a row; problems stand where the times would be."""
-    table = Table("operation", "mode", "provider", "tokens", "queries", title=_title(rows))
-    for name in ("overlap", "p20 ms", "p50 ms", "p80 ms", "MiB", "GFLOP/s", "GB/s", "error"):
-        table.add_column(name, justify="right")
+def terminal_table(rows: list[Row], width: int) -> Table:
+    """What was measured, one case a row; problems stand where the times would be.
+
+    Terminals too narrow for every column get the most useful ones.
+    """
+    first = rows[0]
+    table = Table(title=f"{first['shape']}, {first['dtype']}, {first['device']}")
+    columns = [name for name in COLUMNS if width >= WIDE or name in NARROW]
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number < 3 else "right", no_wrap=number < 3)
     for row in rows:
-        names = [row["operation"], row["mode"], row["provider"]]
-        names += [str(row["seq_len"]), row["workload"]]
-        if "problem" in row:
-            table.add_row(*names, "", f"[red]{row['problem']}")
-            continue
-        seconds, memory = row["p50_ms"] / 1e3, row["peak_memory_bytes"]
-        table.add_row(
-            *names,
-            "" if row["overlap"] is None else f"{row['overlap']:.0%}",
-            *(significant(row[f"p{quantile}_ms"]) for quantile in (20, 50, 80)),
-            "" if memory is None else f"{memory / 2**20:.0f}",
-            significant(row["flops"] / seconds / 1e9),
-            significant(row["bytes"] / seconds / 1e9),
-            f"{row['error']:.0e}",
-        )
+        cells = _cells(row)
+        table.add_row(*(cells.get(name, "") for name in columns))
     return table
 
 
-def _title(rows: list[Row]) -> str:
-    first = rows[0]
-    return f"{first['shape']}, {first['dtype']}, {first['device']}"
+COLUMNS = ("operation", "mode", "provider", "queries", "tokens", "overlap", "p20 ms", "p50 ms")
+COLUMNS += ("p80 ms", "MiB", "GFLOP/s", "GB/s", "error")
+NARROW = ("operation", "mode", "provider", "queries", "tokens", "p50 ms")
+WIDE = 136
+
+
+def _cells(row: Row) -> dict[str, str]:
+    cells = {name: row[name] for name in ("operation", "mode", "provider")}
+    cells |= {"queries": row["workload"], "tokens": f"{row['seq_len']:,}"}
+    if "problem" in row:
+        return cells | {"p50 ms": f"[red]{row['problem']}"}
+    seconds, memory = row["p50_ms"] / 1e3, row["peak_memory_bytes"]
+    return cells | {
+        "overlap": "" if row["overlap"] is None else f"{row['overlap']:.0%}",
+        "p20 ms": significant(row["p20_ms"]),
+        "p50 ms": significant(row["p50_ms"]),
+        "p80 ms": significant(row["p80_ms"]),
+        "MiB": "" if memory is None else significant(memory / 2**20),
+        "GFLOP/s": significant(row["flops"] / seconds / 1e9),
+        "GB/s": significant(row["bytes"] / seconds / 1e9),
+        "error": f"{row['error']:.0e}",
+    }
 
 
 def significant(value: float) -> str:

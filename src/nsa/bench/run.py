@@ -16,7 +16,7 @@ from nsa.bench.costs import num_bytes, num_flops
 from nsa.bench.environment import provenance
 from nsa.bench.operations import MODES, OPERATIONS
 from nsa.bench.providers import PROVIDERS
-from nsa.bench.results import Row, append, terminal_table
+from nsa.bench.results import WIDE, Row, append, terminal_table
 from nsa.bench.shapes import SHAPES, Shape
 from nsa.bench.timing import Call, peak_memory_bytes, time_call
 from nsa.bench.workloads import WORKLOADS, Tensors, add_selection, make_tensors, overlap
@@ -131,7 +131,9 @@ def run_and_report(plan: Plan, output: Path, console: Console) -> bool:
             if "problem" not in row:
                 append(output, [row])
             progress.advance(task)
-    console.print(terminal_table(rows))
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE)  # A file or pipe gets every column.
+    console.print(terminal_table(rows, console.width))
     measured = sum("problem" not in row for row in rows)
     console.print(f"{measured} of {len(rows)} measured, appended to {output}", highlight=False)
     return measured == len(rows)
