@@ -141,7 +141,7 @@ PE, LINEAR = torch.zeros(2, 4, 3), torch.zeros(3, 12)
         ),
         pytest.param(
             {"v": torch.randn(1, 9, 2, 3).double()},
-            r"^v: expected torch\.float32 like q",
+            r"^v: expected torch\.float32 like k",
             id="v-dtype",
         ),
         pytest.param(

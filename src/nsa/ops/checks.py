@@ -27,10 +27,15 @@ def scale(softmax_scale: float | None, head_dim: int) -> float:
     return float(softmax_scale)
 
 
-def mode(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Rank 4 is a batch, rank 3 is packed with ``cu_seqlens``; at least one sequence either way."""
+def tensor(name: str, x: object) -> None:
+    """A tensor, not a list or an array."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}.")
+
+
+def mode(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Rank 4 is a batch, rank 3 is packed with ``cu_seqlens``; at least one sequence either way."""
+    tensor(name, x)
     if x.layout != torch.strided:
         raise ValueError(
             f"{name}: expected a dense (strided) tensor, got layout {x.layout}. Call .to_dense()."
@@ -70,6 +75,7 @@ def packed_lengths(cu_seqlens: Tensor | None, name: str, x: Tensor) -> None:
             f"cu_seqlens: required, because {name} is packed, {describe(x)}. Pass int32 "
             "[num_seqs + 1], or a batch of rank 4."
         )
+    tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
             "cu_seqlens: expected int32 [num_seqs + 1] with at least one sequence, got "
@@ -102,24 +108,25 @@ def queries(q: Tensor, cu_seqlens: Tensor | None, q_offset: int) -> None:
         )
 
 
-def same_kind(name: str, x: Tensor, q: Tensor) -> None:
-    """Same rank, dtype, device and batch as q."""
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}.")
+def same_kind(name: str, x: Tensor, q: Tensor, like: str = "q") -> None:
+    """Same rank, dtype, device and batch as the tensor that the caller knows as ``like``."""
+    tensor(name, x)
     if x.dim() != q.dim():
         raise ValueError(
-            f"{name}: expected rank {q.dim()} like q, {describe(q)}, got {describe(x)}."
+            f"{name}: expected rank {q.dim()} like {like}, {describe(q)}, got {describe(x)}."
         )
     if x.dtype != q.dtype:
         raise ValueError(
-            f"{name}: expected {q.dtype} like q, got {x.dtype}. Cast it with .to(q.dtype)."
+            f"{name}: expected {q.dtype} like {like}, got {x.dtype}. Cast it with "
+            f".to({like}.dtype)."
         )
     if x.device != q.device:
         raise ValueError(
-            f"{name}: expected on {q.device} like q, got {x.device}. Move it with .to(q.device)."
+            f"{name}: expected on {q.device} like {like}, got {x.device}. Move it with "
+            f".to({like}.device)."
         )
     if x.dim() == 4 and x.shape[0] != q.shape[0]:
-        raise ValueError(f"{name}: expected batch {q.shape[0]} like q, got {describe(x)}.")
+        raise ValueError(f"{name}: expected batch {q.shape[0]} like {like}, got {describe(x)}.")
 
 
 def keys_values(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str]) -> None:
@@ -190,6 +197,7 @@ def positive(name: str, value: int) -> None:
 
 def indices(block_indices: Tensor, q: Tensor, k: Tensor) -> None:
     """int32 ``[batch, seq, kv_heads, n]``, or packed ``[tokens, kv_heads, n]``."""
+    tensor("block_indices", block_indices)
     expected = [*q.shape[:-2], k.shape[-2]]
     if (
         block_indices.dtype != torch.int32
@@ -208,6 +216,7 @@ def indices(block_indices: Tensor, q: Tensor, k: Tensor) -> None:
 
 def gates(gates_: Tensor, q: Tensor) -> None:
     """``[batch, seq, heads, 3]`` in the order cmp, slc, win."""
+    tensor("gates", gates_)
     if list(gates_.shape) != [*q.shape[:-1], 3]:
         raise ValueError(
             f"gates: expected {[*q.shape[:-1], 3]}, one gate per branch in the order cmp, slc, "
@@ -233,6 +242,7 @@ def config(value: NSAConfig) -> None:
 
 def log_sum_exp(lse: Tensor, q: Tensor) -> None:
     """float32 (float64 for float64 queries) ``[batch, seq, heads]``."""
+    tensor("lse", lse)
     expected = torch.promote_types(q.dtype, torch.float32)
     if lse.dtype != expected or lse.shape != q.shape[:-1] or lse.device != q.device:
         raise ValueError(

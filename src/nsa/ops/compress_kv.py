@@ -70,7 +70,7 @@ def compress_kv(
     """
     checks.geometry(compress_block_size, compress_stride)
     checks.mode("k", k, cu_seqlens)
-    checks.same_kind("v", v, k)
+    checks.same_kind("v", v, k, like="k")
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
             f"v: expected {list(k.shape[:-1])} + [dim] like k, got {checks.describe(v)}."

@@ -65,6 +65,7 @@ def nsa_attention(
     checks.config(config)
     checks.queries(q, cu_seqlens, q_offset)
     checks.gates(gates, q)
+    checks.keys_values(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"))
     for k, v, names in ((k_slc, v_slc, ("k_slc", "v_slc")), (k_win, v_win, ("k_win", "v_win"))):
         checks.token_keys(q, k, v, names, q_offset)
     checks.value_dims(v_cmp, v_slc, v_win)

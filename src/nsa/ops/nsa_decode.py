@@ -65,6 +65,7 @@ def nsa_decode(
     ):
         checks.keys_values(q, k, v, names)
     checks.value_dims(v_cmp, v_slc, v_win)
+    checks.tensor("seq_lens", seq_lens)
     if seq_lens.dtype not in (torch.int32, torch.int64) or list(seq_lens.shape) != [q.shape[0]]:
         raise ValueError(
             f"seq_lens: expected int32 or int64 [{q.shape[0]}], got {checks.describe(seq_lens)}."
