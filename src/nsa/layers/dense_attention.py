@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from nsa.layers.head_norm import head_norm
 from nsa.layers.head_shape import check_heads
 from nsa.layers.rotary import rotate
 
@@ -50,11 +51,8 @@ class DenseAttention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * value_head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * value_head_dim, hidden_size, bias=bias)
-        norms = [
-            nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, eps=qk_norm_eps)
-            for _ in range(2)
-        ]
-        self.q_norm, self.k_norm = norms
+        self.q_norm = head_norm(head_dim, qk_norm_eps)
+        self.k_norm = head_norm(head_dim, qk_norm_eps)
 
     def forward(
         self,
@@ -62,7 +60,7 @@ class DenseAttention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         *,
-        cu_seqlens: Tensor | None = None,
+        lengths: list[int] | None = None,
         mask: Tensor | None = None,
         update: UpdateKV | None = None,
     ) -> Tensor:
@@ -72,7 +70,8 @@ class DenseAttention(nn.Module):
             hidden_states: ``[batch, seq, hidden_size]``; ``[1, tokens, hidden_size]`` when packed.
             cos: of the tokens' positions, ``[batch or 1, seq, rotary_dim]``.
             sin: like cos.
-            cu_seqlens: int32 ``[num_seqs + 1]`` of packed sequences.
+            lengths: tokens of each packed sequence; without a mask, torch has a fast kernel, and
+                sequences cost what they cost alone.
             mask: bool ``[batch, 1, seq, keys]``, True where a query sees a key; causal if None.
             update: adds the new keys and values to a cache and returns all.
 
@@ -82,18 +81,14 @@ class DenseAttention(nn.Module):
         v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, -1))
         q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)))
         k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, -1)))
-        q, k = rotate(q.to(v.dtype), cos, sin), rotate(k.to(v.dtype), cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if update is not None:
             k, v = update(k, v)
-        if cu_seqlens is None:
+        if lengths is None:
             o = _attend(q, k, v, mask)
-        elif torch.compiler.is_compiling():
-            o = _attend(q, k, v, _block_causal(cu_seqlens, q.shape[2]))
         else:
-            # Without a mask, torch has a fast kernel; its cost is that of each sequence alone.
-            sizes = cu_seqlens.diff().tolist()
-            pieces = zip(*[x.split(sizes, dim=2) for x in (q, k, v)], strict=True)
+            pieces = zip(*[x.split(lengths, dim=2) for x in (q, k, v)], strict=True)
             o = torch.cat([_attend(a, b, c, None) for a, b, c in pieces], dim=2)
         return self.o_proj(o.transpose(1, 2).flatten(-2))
 
@@ -102,11 +97,3 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )
-
-
-def _block_causal(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """Mask ``[1, 1, tokens, tokens]``, for traced graphs, which cannot depend on lengths."""
-    token = torch.arange(num_tokens, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens, token, right=True)
-    mask = (sequence[:, None] == sequence) & (token[:, None] >= token)
-    return mask[None, None]

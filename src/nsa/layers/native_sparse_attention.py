@@ -18,6 +18,7 @@ from nsa import ops
 from nsa.cache import CachedKV, LayerCache, TokenKV
 from nsa.config import NSAConfig
 from nsa.layers.compressor import Compressor
+from nsa.layers.head_norm import head_norm
 from nsa.layers.head_shape import check_heads
 from nsa.layers.rotary import rotate
 
@@ -89,11 +90,8 @@ class NativeSparseAttention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, kv_heads * value_head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * value_head_dim, hidden_size, bias=bias)
-        norms = [
-            nn.Identity() if qk_norm_eps is None else nn.RMSNorm(head_dim, eps=qk_norm_eps)
-            for _ in range(2)
-        ]
-        self.q_norm, self.k_norm = norms
+        self.q_norm = head_norm(head_dim, qk_norm_eps)
+        self.k_norm = head_norm(head_dim, qk_norm_eps)
         self.compressor = Compressor(
             compressor,
             num_kv_heads,
@@ -179,11 +177,9 @@ class NativeSparseAttention(nn.Module):
     def _project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, TokenKV]:
         heads = (self.num_branches, self.num_kv_heads, -1)
         values = self.v_proj(x).unflatten(-1, heads).unbind(-3)
-        # Under autocast, norms and rotation come out wider than projections.
-        dtype = values[0].dtype
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, -1))).to(dtype)
-        raw = self.k_norm(self.k_proj(x).unflatten(-1, heads)).to(dtype).unbind(-3)
-        gates = self.gate_mlp(x).sigmoid().unflatten(-1, (self.num_heads, 3)).to(dtype)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, -1)))
+        raw = self.k_norm(self.k_proj(x).unflatten(-1, heads)).unbind(-3)
+        gates = self.gate_mlp(x).sigmoid().unflatten(-1, (self.num_heads, 3))
         keys = [rotate(k, cos, sin) for k in raw[-2:]]
         tokens = TokenKV(raw[0], values[0], keys[0], values[-2:][0], keys[-1], values[-1])
         return rotate(q, cos, sin), gates, tokens

@@ -23,7 +23,8 @@ class Layout(NamedTuple):
         shift: int64 ``[batch, 1]``, columns by which rows are rolled to the left.
         counts: new real tokens of each row; None if all are.
         cu_seqlens: int32 ``[num_seqs + 1]`` of a packed batch.
-        mask: bool ``[batch or 1, 1, seq, columns]`` for the dense twin; plain causality if None.
+        lengths: tokens of each packed sequence, for the dense twin.
+        mask: bool ``[batch or 1, 1, seq, columns]``, for the dense twin; causality alone if None.
     """
 
     positions: Tensor
@@ -31,6 +32,7 @@ class Layout(NamedTuple):
     shift: Tensor | None = None
     counts: list[int] | None = None
     cu_seqlens: Tensor | None = None
+    lengths: list[int] | None = None
     mask: Tensor | None = None
 
     def roll(self, x: Tensor) -> Tensor:
@@ -48,8 +50,8 @@ def _rolled(x: Tensor, shift: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
-def packed_layout(cu_seqlens: Tensor, batch: int, num_tokens: int) -> Layout:
-    """Layout of ``[1, tokens]`` with several sequences.
+def packed_layout(cu_seqlens: Tensor, batch: int, num_tokens: int, *, rolls: bool) -> Layout:
+    """Layout of ``[1, tokens]`` with several sequences; ``rolls`` as in ``padded_layout``.
 
     Raises:
         ValueError: there is more than one row, or ``cu_seqlens`` does not cut its tokens.
@@ -65,7 +67,7 @@ def packed_layout(cu_seqlens: Tensor, batch: int, num_tokens: int) -> Layout:
             f"{str(cu_seqlens.dtype).removeprefix('torch.')} {list(cu_seqlens.shape)}. Cast it "
             "with .int()."
         )
-    longest = num_tokens
+    longest, lengths, mask = num_tokens, None, None
     if not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != num_tokens or bounds != sorted(bounds):
@@ -73,11 +75,16 @@ def packed_layout(cu_seqlens: Tensor, batch: int, num_tokens: int) -> Layout:
                 f"cu_seqlens: expected to rise from 0 to the number of tokens = {num_tokens}, got "
                 f"{bounds}."
             )
-        longest = max(b - a for a, b in pairwise(bounds))
+        lengths = [b - a for a, b in pairwise(bounds)]
+        longest = max(lengths)
     token = torch.arange(num_tokens, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
-    positions = token - cu_seqlens[sequence]
-    return Layout(positions=positions[None], longest=longest, cu_seqlens=cu_seqlens)
+    positions = (token - cu_seqlens[sequence])[None]
+    if rolls:
+        return Layout(positions=positions, longest=longest, cu_seqlens=cu_seqlens)
+    if lengths is None:  # a traced graph cannot depend on them
+        mask = ((sequence[:, None] == sequence) & (token[:, None] >= token))[None, None]
+    return Layout(positions=positions, longest=longest, lengths=lengths, mask=mask)
 
 
 def find_packing(position_ids: Tensor | None) -> Tensor | None:

@@ -97,7 +97,7 @@ class NSADecoderLayer(GradientCheckpointingLayer):
         if isinstance(self.self_attn, DenseAttention):
             update = past_key_values and partial(past_key_values.update, layer_idx=self.layer_idx)
             attended = self.self_attn(
-                x, cos, sin, cu_seqlens=layout.cu_seqlens, mask=layout.mask, update=update
+                x, cos, sin, lengths=layout.lengths, mask=layout.mask, update=update
             )
         else:
             cache = None
@@ -177,33 +177,31 @@ class NSAModel(NSAPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of every token; see ``NSAForCausalLM.forward`` for the arguments."""
-        cu_seqlens = _extras(kwargs, cu_seqlens)
+        _check_extras(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them.")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if cu_seqlens is None and past_key_values is None and attention_mask is None:
-            cu_seqlens = find_packing(position_ids)
+        cu_seqlens = _packing(cu_seqlens, kwargs, position_ids, attention_mask, past_key_values)
         cache = self._open_cache(past_key_values, use_cache, cu_seqlens)
         layout = self._lay_out(hidden, attention_mask, position_ids, cache, cu_seqlens)
         rotary = partial(self.rotary_emb, seq_len=layout.longest, dtype=hidden.dtype)
         cos, sin = rotary(layout.positions)
         hidden = layout.roll(hidden)
-        states = [hidden]
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states = []
         for layer in self.layers:
+            if output_hidden_states:
+                states.append(layout.roll_back(hidden))
             hidden = layer(hidden, cos, sin, layout=layout, rotary=rotary, past_key_values=cache)
-            states.append(hidden)
         hidden = layout.roll_back(self.norm(hidden))
         for layer in cache.layers if cache is not None else ():
             if isinstance(layer, NSACacheLayer):
                 layer.num_columns += hidden.shape[1]
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,  # pyright: ignore[reportArgumentType]
             past_key_values=cache,
-            hidden_states=(*map(layout.roll_back, states[:-1]), hidden)
-            if output_hidden_states
-            else None,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
         )
 
     def _open_cache(
@@ -238,12 +236,13 @@ class NSAModel(NSAPreTrainedModel):
         cu_seqlens: Tensor | None,
     ) -> Layout:
         batch, seq = hidden.shape[:2]
+        rolls = self.config.attention == "nsa"
         if batch == 0 or seq == 0:
             raise ValueError(f"input_ids: expected at least one token, got {[batch, seq]}.")
         if cu_seqlens is not None and attention_mask is not None:
             raise ValueError("attention_mask: expected None with cu_seqlens, got both.")
         if cu_seqlens is not None:
-            layout = packed_layout(cu_seqlens.to(hidden.device), batch, seq)
+            layout = packed_layout(cu_seqlens.to(hidden.device), batch, seq, rolls=rolls)
         else:
             first = cache.layers[0] if cache is not None and cache.layers else None
             storage = first.storage if isinstance(first, NSACacheLayer) else None
@@ -253,7 +252,7 @@ class NSAModel(NSAPreTrainedModel):
                 past=storage.seq_lens if storage is not None else [],
                 past_columns=0 if cache is None else cache.get_seq_length(),
                 device=hidden.device,
-                rolls=self.config.attention == "nsa",
+                rolls=rolls,
             )
         if not torch.compiler.is_compiling():
             limit = max_positions(self.config)
@@ -269,8 +268,23 @@ class NSAModel(NSAPreTrainedModel):
         return layout
 
 
-def _extras(kwargs: dict[str, Any], cu_seqlens: Tensor | None) -> Tensor | None:
-    """``cu_seqlens``, also under transformers' name; refuses what would otherwise be ignored."""
+def _packing(
+    cu_seqlens: Tensor | None,
+    kwargs: dict[str, Any],
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    past_key_values: Cache | None,
+) -> Tensor | None:
+    """Bounds of packed sequences: as given, under transformers' name, or from the positions."""
+    if cu_seqlens is None:
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is None and attention_mask is None and past_key_values is None:
+        cu_seqlens = find_packing(position_ids)
+    return cu_seqlens
+
+
+def _check_extras(kwargs: dict[str, Any]) -> None:
+    """Refuses what would otherwise be ignored."""
     if kwargs.get("output_attentions"):
         raise ValueError(
             "output_attentions: expected False, since no attention matrix is ever formed. See "
@@ -279,8 +293,6 @@ def _extras(kwargs: dict[str, Any], cu_seqlens: Tensor | None) -> Tensor | None:
     unknown = sorted(set(kwargs) - _ACCEPTED)
     if unknown:
         raise ValueError(f"forward: unexpected argument(s) {', '.join(unknown)}.")
-    flattened = kwargs.get("cu_seq_lens_q")
-    return flattened if cu_seqlens is None else cu_seqlens
 
 
 class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
@@ -340,7 +352,7 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
             inputs_embeds: ``[batch, seq, hidden_size]`` instead of ``input_ids``.
             labels: int64 like ``input_ids``, -100 where there is no loss. Shifted here, within
                 sequences: the last token of one never predicts the first of the next.
-            use_cache: ``config.use_cache`` if None, but never in training.
+            use_cache: ``config.use_cache`` if None, but never in training or with labels.
             cu_seqlens: int32 ``[num_seqs + 1]``, where packed sequences begin and end; also
                 accepted as ``cu_seq_lens_q``.
             logits_to_keep: the number of last positions, or their indices; all if 0.
@@ -352,8 +364,9 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("logits_to_keep: expected 0 with labels, whose loss needs all logits.")
-        if cu_seqlens is None:
-            cu_seqlens = kwargs.pop("cu_seq_lens_q", None)
+        if labels is not None and use_cache is None:
+            use_cache = False
+        cu_seqlens = _packing(cu_seqlens, kwargs, position_ids, attention_mask, past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -370,8 +383,6 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
-            if cu_seqlens is None:
-                cu_seqlens = find_packing(position_ids)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,

@@ -1,0 +1,68 @@
+"""The dense twin's attention against a softmax written out."""
+
+from __future__ import annotations
+
+import torch
+
+from nsa.layers import DenseAttention, default_frequencies, rotate, rotation
+
+
+def inputs(seq: int):
+    torch.manual_seed(0)
+    module = DenseAttention(32, 4, 2, 8, 6, qk_norm_eps=1e-6, bias=True).double()
+    cos, sin = rotation(torch.arange(seq)[None], default_frequencies(8), dtype=torch.float64)
+    return module, torch.randn(2, seq, 32, dtype=torch.float64), cos, sin
+
+
+def by_hand(module: DenseAttention, x, cos, sin, visible):
+    q = rotate(module.q_norm(module.q_proj(x).unflatten(-1, (4, 8))), cos, sin)
+    k = rotate(module.k_norm(module.k_proj(x).unflatten(-1, (2, 8))), cos, sin)
+    v = module.v_proj(x).unflatten(-1, (2, 6))
+    k, v = k.repeat_interleave(2, dim=2), v.repeat_interleave(2, dim=2)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / 8**0.5
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return module.o_proj(torch.einsum("bhts,bshd->bthd", weights, v).flatten(-2))
+
+
+def test_causal_grouped_attention():
+    module, x, cos, sin = inputs(13)
+    visible = torch.ones(13, 13, dtype=torch.bool).tril()
+    assert torch.allclose(module(x, cos, sin), by_hand(module, x, cos, sin, visible))
+
+
+def test_a_mask_replaces_causality():
+    module, x, cos, sin = inputs(7)
+    visible = torch.rand(7, 7) > 0.5
+    visible.fill_diagonal_(True)
+    found = module(x, cos, sin, mask=visible[None, None])
+    assert torch.allclose(found, by_hand(module, x, cos, sin, visible))
+
+
+def test_packed_sequences_do_not_see_each_other():
+    module, x, cos, sin = inputs(12)
+    lengths, packed = [5, 0, 1, 6], x[:1]
+    pieces = [
+        module(part, cos[:, : part.shape[1]], sin[:, : part.shape[1]])
+        for part in packed.split(lengths, dim=1)
+        if part.shape[1]
+    ]
+    at = torch.cat([torch.arange(n) for n in lengths])
+    found = module(packed, cos[:, at], sin[:, at], lengths=lengths)
+    assert torch.allclose(found, torch.cat(pieces, dim=1))
+
+
+def test_update_hands_over_new_keys_and_takes_all():
+    module, x, cos, sin = inputs(9)
+    stored = []
+
+    def update(k, v):
+        assert k.shape == (2, 2, k.shape[2], 8)
+        assert v.shape == (2, 2, v.shape[2], 6)
+        stored.append((k, v))
+        return tuple(torch.cat(parts, dim=2) for parts in zip(*stored, strict=True))
+
+    whole = module(x, cos, sin)
+    module(x[:, :8], cos[:, :8], sin[:, :8], update=update)
+    everything = torch.ones(1, 1, 1, 9, dtype=torch.bool)
+    last = module(x[:, 8:], cos[:, 8:], sin[:, 8:], mask=everything, update=update)
+    assert torch.allclose(last, whole[:, 8:])
