@@ -26,6 +26,14 @@ BOUNDS = {
     torch.bfloat16: 2e-2,
 }
 
+# Share of rows that must agree where blocks are chosen among many: near-ties flip with rounding.
+AGREEMENT = {
+    torch.float64: 0.95,
+    torch.float32: 0.9,
+    torch.float16: 0.5,
+    torch.bfloat16: 0.25,
+}
+
 
 class WrongResultError(Exception):
     """A provider's result is not the operation's."""
@@ -48,37 +56,38 @@ def check(
     Raises:
         WrongResultError: it is above the bound of the dtype.
     """
-    entry = OPERATIONS[operation]
-    tensors = make_tensors(shape, check_length(operation, shape), workload, dtype, device)
-    tensors = add_selection(tensors, shape.config, provider.backend)
-    exact = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
     with_grad = mode == "backward"
-    got = _run(provider.operations[operation], entry.leaves, tensors, shape.config, with_grad)
+
+    def compare(length: int, with_grad: bool) -> tuple[Tensors, Outputs, Outputs]:
+        tensors = make_tensors(shape, length, workload, dtype, device)
+        tensors = add_selection(tensors, shape.config, provider.backend)
+        exact = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
+        leaves = OPERATIONS[operation].leaves
+        got = _run(provider.operations[operation], leaves, tensors, shape.config, with_grad)
+        return exact, got, _run(_oracle(operation), leaves, exact, shape.config, with_grad)
+
+    covered = shape.config.num_selected_blocks * shape.config.block_size
+    real_choice = covered * 3 // 2 + 5
     if operation == "select_blocks":
+        exact, got, _ = compare(real_choice, with_grad=False)
         error = _selection_error(got[0], exact, shape.config)
+    elif OPERATIONS[operation].selects:
+        # Near-ties fall differently in float64, and one other block changes a row entirely. So
+        # every number is compared at a length where all blocks are chosen, and where there is a
+        # choice, only that enough rows agree.
+        _, got, expected = compare(covered - 3, with_grad)
+        error = max(map(_relative_error, got, expected))
+        _, got, expected = compare(real_choice, with_grad=False)
+        error = max(error, _agreement_error(got[0], expected[0], covered, dtype))
     else:
-        expected = _run(_oracle(operation), entry.leaves, exact, shape.config, with_grad)
-        error = max(_relative_error(a, b) for a, b in zip(got, expected, strict=True))
+        _, got, expected = compare(real_choice, with_grad)
+        error = max(map(_relative_error, got, expected))
     if not error <= BOUNDS[dtype]:
         raise WrongResultError(
             f"{provider.name} {operation} {mode}: relative error {error:.1e} against the reference "
             f"in float64, expected at most {BOUNDS[dtype]:.0e} in {dtype}"
         )
     return error
-
-
-def check_length(operation: str, shape: Shape) -> int:
-    """Tokens of the check: an odd number, with a real choice of blocks.
-
-    Operations that choose blocks and attend to them in one call get a length at which every block
-    is chosen: near-ties would otherwise fall differently in float64, and one other block changes a
-    row entirely. ``select_blocks`` is compared by the scores of what it chose, so it needs no such
-    care.
-    """
-    covered = shape.config.num_selected_blocks * shape.config.block_size
-    if OPERATIONS[operation].selects and operation != "select_blocks":
-        return covered - 3
-    return covered * 3 // 2 + 5
 
 
 def _oracle(operation: str):
@@ -132,6 +141,14 @@ def _relative_error(got: Tensor, expected: Tensor) -> float:
     overall = difference.norm() / expected.norm()
     worst_row = difference.norm(dim=-1).max() / expected.norm(dim=-1).max()
     return float(torch.maximum(overall, worst_row))
+
+
+def _agreement_error(got: Tensor, expected: Tensor, covered: int, dtype: torch.dtype) -> float:
+    """Relative error that enough of the rows from position ``covered`` on stay below."""
+    first = covered if got.shape[1] > 1 else 0
+    got, expected = (x[0, first:].flatten(0, -2).double() for x in (got, expected))
+    errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return float(errors.sort().values[int(AGREEMENT[dtype] * len(errors))])
 
 
 def _selection_error(block_indices: Tensor, exact: Tensors, config: NSAConfig) -> float:

@@ -147,12 +147,17 @@ def _driver() -> str | None:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit of the checkout this package runs from, and whether files differ from it."""
-    source = Path(nsa.__file__).parent
-    commit = _first_line(["git", "-C", str(source), "rev-parse", "HEAD"])
-    if commit is None:
+    """Commit of the checkout this package runs from, and whether its files differ from it.
+
+    Nothing where the package is installed, even if that is inside some other repository.
+    """
+    package = Path(nsa.__file__).parent
+    git = ["git", "-C", str(package)]
+    root = _first_line([*git, "rev-parse", "--show-toplevel"])
+    if root is None or Path(root) / "src" / "nsa" != package:
         return None, None
-    return commit, _first_line(["git", "-C", str(source), "status", "--porcelain", "."]) is not None
+    changed = _first_line([*git, "status", "--porcelain", "--untracked-files=no"])
+    return _first_line([*git, "rev-parse", "HEAD"]), changed is not None
 
 
 def _first_line(command: list[str]) -> str | None:

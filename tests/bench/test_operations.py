@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from nsa.bench.correctness import with_leaves
+from nsa.bench.operations import OPERATIONS
+from nsa.bench.shapes import SHAPES
+from nsa.bench.workloads import add_selection, make_tensors
+from nsa.ops import __all__ as public
+
+TINY = SHAPES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    made = make_tensors(TINY, 100, "random", torch.float32, torch.device("cpu"))
+    return add_selection(made, TINY.config, "reference")
+
+
+def test_every_public_operation_is_measured():
+    functions = {name for name in public if name.islower()}
+    assert functions <= set(OPERATIONS)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in OPERATIONS.items() if entry.run])
+def test_an_operation_reads_what_it_says_and_its_leaves_all_get_gradients(name, tensors):
+    entry = OPERATIONS[name]
+    ready = with_leaves({key: tensors[key] for key in entry.reads}, entry.leaves)
+    outputs = entry.run(ready, TINY.config, "reference")
+    if entry.modes == ("forward",):
+        assert not any(x.requires_grad for x in outputs)
+        return
+    sum(x.square().sum() for x in outputs).backward()
+    for leaf in entry.leaves:
+        assert ready[leaf].grad is not None, leaf
+        assert ready[leaf].grad.abs().sum() > 0, leaf
