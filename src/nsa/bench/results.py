@@ -59,10 +59,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 
 def terminal_table(rows: list[Row], width: int) -> Table:
-    """What was measured, one case a row; problems stand where the times would be.
-
-    Terminals too narrow for every column get the most useful ones.
-    """
+    """What was measured, one case a row; terminals too narrow for every column get the best."""
     first = rows[0]
     table = Table(title=f"{first['shape']}, {first['dtype']}, {first['device']}")
     columns = [name for name in COLUMNS if width >= WIDE or name in NARROW]
@@ -84,7 +81,7 @@ def _cells(row: Row) -> dict[str, str]:
     cells = {name: row[name] for name in ("operation", "mode", "provider")}
     cells |= {"queries": row["workload"], "tokens": f"{row['seq_len']:,}"}
     if "problem" in row:
-        return cells | {"p50 ms": f"[red]{row['problem']}"}
+        return cells | {"p50 ms": "[red]none"}
     seconds, memory = row["p50_ms"] / 1e3, row["peak_memory_bytes"]
     return cells | {
         "overlap": "" if row["overlap"] is None else f"{row['overlap']:.0%}",

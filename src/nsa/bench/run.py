@@ -134,6 +134,10 @@ def run_and_report(plan: Plan, output: Path, console: Console) -> bool:
     if not console.is_terminal:
         console.width = max(console.width, WIDE)  # A file or pipe gets every column.
     console.print(terminal_table(rows, console.width))
+    for row in rows:
+        if "problem" in row:
+            case = " ".join(str(row[name]) for name in Case._fields)
+            console.print(f"{case}: {row['problem']}", style="red", markup=False, soft_wrap=True)
     measured = sum("problem" not in row for row in rows)
     console.print(f"{measured} of {len(rows)} measured, appended to {output}", highlight=False)
     return measured == len(rows)
