@@ -1,7 +1,7 @@
 """Well-known tasks from files in a folder: for machines without a network, and for repeatability.
 
 The tasks are defined in ``local_tasks.yaml``. An item of a multiple-choice file has ``query``,
-``choices`` and ``gold`` (index from 0); the other fields can be read off the definitions.
+``choices`` and ``gold`` (index from 0); the other fields are listed with the definitions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
-from jinja2 import UndefinedError
 
 from nsa.train.documents import SUFFIXES, read_records
 
@@ -52,7 +51,8 @@ def local_task(name: str, folder: Path, *, num_fewshot: int | None) -> LocalTask
 
     Raises:
         FileNotFoundError: the folder or the file is not there.
-        ValueError: a file cannot be read, is empty, or an item lacks a field.
+        ValueError: a file cannot be read, is empty or has too few solved examples, or an item lacks
+            a field.
         ImportError: lm-eval is not installed.
     """
     try:
@@ -69,7 +69,8 @@ def local_task(name: str, folder: Path, *, num_fewshot: int | None) -> LocalTask
         for split, stem in definition.pop("files").items()
         if split == "test" or shots
     }
-    splits = {split: _items(path) for split, path in files.items()}
+    fields = definition.pop("fields")
+    splits = {split: _items(path, fields) for split, path in files.items()}
     split_by = definition.pop("split_by", None)
     definition |= {
         "test_split": "test",
@@ -77,39 +78,35 @@ def local_task(name: str, folder: Path, *, num_fewshot: int | None) -> LocalTask
         "num_fewshot": shots,
     }
     if split_by is None:
-        return LocalTask(_build(definition | {"task": name}, splits, files), files)
+        return LocalTask(_build(definition | {"task": name}, splits), files)
     group = Group(
         name,
         aggregate_metric_list=[AggMetricConfig(m["metric"]) for m in definition["metric_list"]],
     )
-    for value in _values(files["test"], splits["test"], split_by):
+    for value in sorted({item[split_by] for item in splits["test"]}):
         chosen = {
-            split: [item for item in items if item.get(split_by) == value]
+            split: [item for item in items if item[split_by] == value]
             for split, items in splits.items()
         }
-        if not all(chosen.values()):
-            raise ValueError(
-                f"{files['fewshot']}: expected solved examples with {split_by}={value!r}, got none."
-            )
         member = {
             "task": f"{name}_{value}",
             "description": definition["description"].format(value=value.replace("_", " ")),
         }
-        group.add(_build(definition | member, chosen, files))
+        group.add(_build(definition | member, chosen))
     return LocalTask(group, files)
 
 
-def _build(definition: dict[str, Any], splits: _Splits, files: dict[str, Path]) -> Task:
+def _build(definition: dict[str, Any], splits: _Splits) -> Task:
     from lm_eval.api.task import ConfigurableTask
 
-    try:
-        return ConfigurableTask(config=definition | {"custom_dataset": _Data(splits)})
-    except (AttributeError, IndexError, KeyError, TypeError, UndefinedError) as error:
-        name = definition["task"]
+    # A question is no example of itself.
+    solved = len(splits["fewshot"]) if "fewshot" in splits else len(splits["test"]) - 1
+    if definition["num_fewshot"] > solved:
         raise ValueError(
-            f"{files['test']}: expected items of {name} ({type(error).__name__}: {error}). "
-            "Compare their fields with the task's definition in nsa/eval/local_tasks.yaml."
-        ) from error
+            f"tasks.num_fewshot: expected at most {solved} for {definition['task']}, the solved "
+            f"examples in its file, got {definition['num_fewshot']}."
+        )
+    return ConfigurableTask(config=definition | {"custom_dataset": _Data(splits)})
 
 
 class _Data:
@@ -139,15 +136,31 @@ def _find(task: str, stem: str, folder: Path) -> Path:
     )
 
 
-def _items(path: Path) -> list[dict[str, Any]]:
-    items = [record for _, record in read_records(path)]
+def _items(path: Path, fields: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The objects of a file, each with all ``fields``; other fields are dropped."""
+    items = []
+    for where, record in read_records(path):
+        for field, kind in fields.items():
+            if not _is(kind, record.get(field), record):
+                raise ValueError(
+                    f"{where}: expected {kind} in the field {field!r}, "
+                    f"got {record.get(field, 'nothing')!r}."
+                )
+        items.append({field: record[field] for field in fields})
     if not items:
         raise ValueError(f"{path}: expected items, one JSON object per line, got none.")
     return items
 
 
-def _values(path: Path, items: list[dict[str, Any]], field: str) -> list[str]:
-    values = {item.get(field) for item in items}
-    if not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{path}: expected a string in the field {field!r} of every item.")
-    return sorted(str(value) for value in values)
+def _is(kind: str, value: Any, record: Mapping[str, Any]) -> bool:
+    if kind == "truth":
+        return isinstance(value, bool)
+    if kind == "index":
+        return type(value) is int and 0 <= value < len(record["choices"])
+    if kind.endswith("choices"):
+        if not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
+            return False
+        number = kind.removesuffix("choices").strip()
+        return len(value) == int(number) if number else len(value) > 1
+    assert kind in ("text", "text with _"), f"unknown kind of field: {kind}"
+    return isinstance(value, str) and (kind == "text" or "_" in value)

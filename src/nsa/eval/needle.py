@@ -186,7 +186,7 @@ def training_documents(
         hay = list(haystack.cut(room, rng).sentences[:-1])
         for needle in needles:
             hay.insert(rng.randrange(len(hay) + 1), needle.sentence)
-        yield "".join([*hay, *questions]).lstrip()
+        yield "".join([*hay, *questions])
 
 
 def _room(length: int, pieces: Sequence[np.ndarray]) -> int:

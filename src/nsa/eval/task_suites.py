@@ -286,4 +286,4 @@ def _one_quiet_process() -> Iterator[None]:
 
 
 def _is_about_input(record: logging.LogRecord) -> bool:
-    return "`pretrained` model kwarg" not in record.getMessage()
+    return "`pretrained`" not in record.getMessage()
