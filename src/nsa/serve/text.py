@@ -156,7 +156,8 @@ def load(path: str | Path, *, device: torch.device) -> TextModel:
         ValueError: the folder holds no valid model; the message says what is wrong with it.
     """
     model, tokenizer = load_model(path)
-    return TextModel(model=model.to(device).eval(), tokenizer=tokenizer)
+    model.eval().to(device=device)
+    return TextModel(model=model, tokenizer=tokenizer)
 
 
 def read_prompt(path: Path) -> str:
