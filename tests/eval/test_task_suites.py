@@ -133,7 +133,7 @@ class Manager:
 @pytest.mark.parametrize(
     ("name", "outcome", "num_fewshot", "error", "message"),
     [
-        ("dorp", None, None, ValueError, "--tasks: unknown task 'dorp'. Known are .*gsm8k"),
+        ("drip", None, None, ValueError, "--tasks: unknown task 'drip'. Known are .*gsm8k"),
         (
             "drop",
             ConnectionError("Couldn't reach 'EleutherAI/drop' on the Hub"),
