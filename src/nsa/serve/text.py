@@ -156,8 +156,8 @@ def load(path: str | Path, *, device: torch.device) -> TextModel:
         ValueError: the folder holds no valid model; the message says what is wrong with it.
     """
     model, tokenizer = load_model(path)
-    model.eval().to(device=device)
-    return TextModel(model=model, tokenizer=tokenizer)
+    torch.nn.Module.to(model, device)
+    return TextModel(model=model.eval(), tokenizer=tokenizer)
 
 
 def read_prompt(path: Path) -> str:
