@@ -82,7 +82,7 @@ class LoopConfig:
             ``batch_rows / (micro_batch_rows * devices)`` micro-batches.
         learning_rate: peak learning rate.
         schedule: ``"cosine"``, or ``"wsd"`` (warm up, stay, decay).
-        warmup_steps: steps of linear warm-up.
+        warmup_steps: steps of linear warm-up, from 0 (cosine) or the final rate (wsd).
         decay_steps: steps of the final decay (wsd only, where it is required).
         min_lr_ratio: learning rate at the end, as a share of the peak.
         weight_decay: of AdamW, not applied to norms and biases.

@@ -34,19 +34,22 @@ from nsa.train.tokenizer import load_tokenizer, train_tokenizer
 from nsa.train.validation import PositionLosses
 
 # What may differ when a run is resumed: none of it moves the loss curve that was already drawn.
+# The text itself is compared by its tokens, wherever the files lie.
 _MAY_CHANGE = frozenset(
-    f"training.{name}"
-    for name in (
-        "output_dir",
-        "max_steps",
-        "micro_batch_rows",
-        "gradient_checkpointing",
-        "log_every",
-        "save_every",
-        "keep_checkpoints",
-        "eval_every",
-        "num_workers",
-    )
+    {
+        "data.train",
+        "data.validation",
+        "data.text_field",
+        "training.output_dir",
+        "training.max_steps",
+        "training.micro_batch_rows",
+        "training.gradient_checkpointing",
+        "training.log_every",
+        "training.save_every",
+        "training.keep_checkpoints",
+        "training.eval_every",
+        "training.num_workers",
+    }
 )
 
 
@@ -74,7 +77,11 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, *, resume: bool = False, console: Console | None = None
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    show_config: bool = True,
 ) -> TrainResult:
     """Runs, or goes on with, the training that ``config`` describes.
 
@@ -87,6 +94,7 @@ def train(
         resume: go on from the newest whole checkpoint in ``output_dir``, from the start if there is
             none. Without it, a folder that holds a run is an error.
         console: where progress is shown.
+        show_config: print the resolved config before the first step; it is saved in any case.
 
     Returns:
         Losses and where the model is.
@@ -126,6 +134,8 @@ def train(
         num_rows=config.training.max_steps * config.training.batch_rows,
         seed=config.training.seed,
     )
+    if show_config:
+        console.print(config.to_yaml(), markup=False)
     _describe(config, corpora, rows, model, console)
     if args.process_index == 0:
         write_text(run_dir / "config.yaml", config.to_yaml())
@@ -336,7 +346,6 @@ def _describe(
     model: torch.nn.Module,
     console: Console,
 ) -> None:
-    console.print(config.to_yaml(), markup=False)
     for name, corpus in corpora.items():
         console.print(
             f"{name}: {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens",

@@ -1,0 +1,229 @@
+"""Trainer's part: settings reach it, saves fail safely, several processes give one's losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from tests.train import tiny
+from transformers import AutoModelForCausalLM
+
+from nsa.models import NSAForCausalLM, NSAModelConfig
+from nsa.train.checkpoint import CheckpointError
+from nsa.train.engine import NSATrainer, training_arguments
+from nsa.train.progress import Milestones
+from nsa.train.run import TrainResult, train
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    tiny.write_corpus(folder)
+    return folder
+
+
+@pytest.fixture
+def run(corpus: Path, tmp_path: Path) -> Callable[..., TrainResult]:
+    """Trains in a new folder with the given settings."""
+
+    def start(**training: Any) -> TrainResult:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return train(tiny.config(corpus, folder, **training), console=QUIET)
+
+    return start
+
+
+def _logged(result: TrainResult, key: str) -> list[float]:
+    history = json.loads((result.output_dir / "history.json").read_text())
+    return [entry[key] for entry in history if key in entry]
+
+
+@pytest.mark.parametrize(
+    ("training", "shares"),
+    [
+        pytest.param(
+            {"schedule": "wsd", "decay_steps": 2, "min_lr_ratio": 0.5},
+            [0.5, 0.75, 1, 1, 1, 0.75],
+            id="wsd",
+        ),
+        pytest.param({"min_lr_ratio": 0.2}, [0, 0.5, 1, 0.88284, 0.6, 0.31716], id="cosine"),
+    ],
+)
+def test_schedule(
+    training: dict[str, Any], shares: list[float], run: Callable[..., TrainResult]
+) -> None:
+    rates = _logged(run(**training), "learning_rate")
+    assert [rate / 1e-2 for rate in rates] == pytest.approx(shares, abs=1e-4)
+
+
+def test_micro_batches_recomputation_and_workers_do_not_change_the_losses(
+    run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recomputed: list[bool] = []
+    forward = NSAForCausalLM.forward
+
+    def spy(self, *args, **kwargs):
+        recomputed.append(self.model.gradient_checkpointing and self.training)
+        return forward(self, *args, **kwargs)
+
+    single = run(batch_rows=4, micro_batch_rows=1)
+    joined = run(batch_rows=4, micro_batch_rows=4)
+    monkeypatch.setattr(NSAForCausalLM, "forward", spy)
+    recomputing = run(batch_rows=4, micro_batch_rows=4, gradient_checkpointing=True, num_workers=2)
+    assert any(recomputed)
+    losses = [loss for _, loss in joined.losses]
+    assert [loss for _, loss in single.losses] == pytest.approx(losses, rel=1e-4)
+    assert [loss for _, loss in recomputing.losses] == pytest.approx(losses, rel=1e-5)
+
+
+def test_bf16_is_close_to_fp32_with_fp32_weights(run: Callable[..., TrainResult]) -> None:
+    exact = [loss for _, loss in run(precision="fp32").losses]
+    result = run(precision="bf16")
+    rounded = [loss for _, loss in result.losses]
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert result.validation_losses[-1][1] == pytest.approx(exact[-1], rel=0.1)
+    model = AutoModelForCausalLM.from_pretrained(result.model_dir)
+    assert model.dtype == torch.float32
+
+
+def test_optimizer_settings_arrive(corpus: Path, tmp_path: Path) -> None:
+    config = tiny.config(
+        corpus, tmp_path, weight_decay=0.3, beta1=0.7, beta2=0.8, max_grad_norm=0.5, batch_rows=6
+    )
+    args = training_arguments(config.training)
+    assert args.gradient_accumulation_steps == 6
+    assert args.max_grad_norm == 0.5
+    model = NSAForCausalLM(NSAModelConfig(vocab_size=270, **config.model))
+    trainer = NSATrainer(run_dir=tmp_path, model=model, args=args, keep_checkpoints=1)
+    decayed, plain = trainer.create_optimizer().param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert decayed["betas"] == (0.7, 0.8)
+    norms = {p for name, p in model.named_parameters() if "norm" in name or name.endswith("bias")}
+    assert set(plain["params"]) == norms
+
+
+def test_loss_that_is_not_a_number_ends_the_run(
+    run: Callable[..., TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_step_end = Milestones.on_step_end
+
+    def spoil(self, args, state, control, model=None, **kwargs) -> None:
+        on_step_end(self, args, state, control, **kwargs)
+        if state.global_step == 3:
+            with torch.no_grad():
+                model.lm_head.weight.fill_(float("nan"))
+
+    monkeypatch.setattr(Milestones, "on_step_end", spoil)
+    with pytest.raises(ValueError, match=r"training diverged: the loss at step 4 is nan"):
+        run()
+    assert [p.name for p in tmp_path.rglob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_failed_save_keeps_the_previous_checkpoint(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_step_end = Milestones.on_step_end
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def shrink(self, args, state, control, **kwargs) -> None:
+        on_step_end(self, args, state, control, **kwargs)
+        if state.global_step == 4:
+            # From here on every write beyond 20 kB fails, as on a full disk.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    config = tiny.config(corpus, tmp_path / "run")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Milestones, "on_step_end", shrink)
+            with pytest.raises(CheckpointError, match=r"step 4 .*checkpoint-2 is intact"):
+                train(config, console=QUIET)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = train(config, resume=True, console=QUIET)
+    straight = train(tiny.config(corpus, tmp_path / "other"), console=QUIET)
+    assert resumed.losses == straight.losses
+
+
+DISTRIBUTED = """
+import dataclasses, shutil, sys
+from pathlib import Path
+import torch.distributed as dist
+from nsa.train.config import load_config
+from nsa.train.run import train
+
+def start(name, **changes):
+    training = dataclasses.replace(config.training, output_dir=str(folder / name), **changes)
+    return train(dataclasses.replace(config, training=training), resume=name == "resumed")
+
+config, folder = load_config(sys.argv[1]), Path(sys.argv[2])
+start("ddp")
+start("fsdp", fsdp=True)
+if dist.get_rank() == 0:
+    shutil.copytree(folder / "fsdp", folder / "resumed")
+    shutil.rmtree(folder / "resumed" / "checkpoint-6")
+    shutil.rmtree(folder / "resumed" / "model")
+dist.barrier()
+start("resumed", fsdp=True)
+dist.destroy_process_group()
+"""
+
+
+def _torchrun(script: Path, *args: Path) -> subprocess.CompletedProcess[str]:
+    """Two processes on a free port; none of them outlives a time-out."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += ["2", str(script), *map(str, args)]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        # torchrun puts its workers in sessions of their own, and ends them when asked to.
+        process.terminate()
+        out, err = process.communicate(timeout=40)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(
+    run: Callable[..., TrainResult], corpus: Path, tmp_path: Path
+) -> None:
+    script, path, folder = (tmp_path / n for n in ("distributed.py", "config.yaml", "runs"))
+    script.write_text(DISTRIBUTED)
+    path.write_text(yaml.safe_dump(tiny.settings(corpus, folder, batch_rows=4)))
+    launched = _torchrun(script, path, folder)
+    assert launched.returncode == 0, launched.stderr[-4000:]
+    one = run(batch_rows=4)
+    weights = AutoModelForCausalLM.from_pretrained(one.model_dir).state_dict()
+    for name in ("ddp", "fsdp", "resumed"):
+        history = json.loads((folder / name / "history.json").read_text())
+        for key, wanted in (("loss", one.losses), ("eval_loss", one.validation_losses)):
+            got = [(entry["step"], entry[key]) for entry in history if key in entry]
+            assert [step for step, _ in got] == [step for step, _ in wanted]
+            assert [x for _, x in got] == pytest.approx([x for _, x in wanted], rel=1e-5)
+        # accelerate runs DDP on CPUs when asked for FSDP; sharded runs leave these files.
+        sharded = (folder / name / "checkpoint-6" / "pytorch_model_fsdp.bin").is_file()
+        assert sharded == (name != "ddp")
+        saved = AutoModelForCausalLM.from_pretrained(folder / name / "model").state_dict()
+        for key, value in weights.items():
+            torch.testing.assert_close(saved[key], value, rtol=1e-3, atol=1e-5)
+    assert launched.stdout.count("Done. Model") == 3

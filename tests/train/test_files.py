@@ -1,0 +1,44 @@
+"""A file is either the old one or the whole new one."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from nsa.train import files
+
+
+def test_write_text_makes_the_folder_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "note.txt"
+    files.write_text(path, "one")
+    files.write_text(path, "zwei é")
+    assert path.read_text(encoding="utf-8") == "zwei é"
+    assert [p.name for p in path.parent.iterdir()] == ["note.txt"]
+
+
+def test_write_text_keeps_the_old_file_when_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "note.txt"
+    files.write_text(path, "one")
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_text(path, "two")
+    assert path.read_text() == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_sync_folder_reaches_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("a", "sub/b"):
+        (tmp_path / name).write_text(name)
+    synced: list[int] = []
+    monkeypatch.setattr(files.os, "fsync", synced.append)
+    files.sync_folder(tmp_path)
+    assert len(synced) == 2

@@ -1,0 +1,68 @@
+"""Byte-level BPE: lossless, repeatable, closed documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from nsa.train import tokenizer as module
+from nsa.train.tokenizer import END_OF_TEXT, encode_documents, load_tokenizer, train_tokenizer
+
+TEXTS = ["to be or not to be, that is the question"] * 20 + ["whether 'tis nobler in the mind"]
+TOKENIZER = train_tokenizer(TEXTS, vocab_size=290)
+
+
+@given(st.text(max_size=60))
+def test_any_text_decodes_to_itself(text: str) -> None:
+    (ids,) = encode_documents(TOKENIZER, [text])
+    assert TOKENIZER.decode(ids[1:-1]) == text
+    end = TOKENIZER.eos_token_id
+    assert ids[0] == ids[-1] == end
+    assert end not in ids[1:-1]
+
+
+def test_text_that_spells_the_end_token_does_not_close_its_document() -> None:
+    (ids,) = encode_documents(TOKENIZER, [f"a{END_OF_TEXT}b"])
+    assert TOKENIZER.eos_token_id not in ids[1:-1]
+    assert TOKENIZER.decode(ids[1:-1]) == f"a{END_OF_TEXT}b"
+
+
+def test_training_twice_gives_the_same_tokenizer_and_merges_what_is_frequent() -> None:
+    again = train_tokenizer(TEXTS, vocab_size=290)
+    assert again.backend_tokenizer.to_str() == TOKENIZER.backend_tokenizer.to_str()
+    assert len(TOKENIZER) == 290
+    (ids,) = encode_documents(TOKENIZER, [TEXTS[0]])
+    assert len(ids) < len(TEXTS[0]) * 0.6
+
+
+def test_reading_stops_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TRAIN_TEXT_CHARS", 100)
+    read: list[str] = []
+    texts = (read.append(text) or text for text in TEXTS)
+    train_tokenizer(texts, vocab_size=260)
+    assert len(read) == 3
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert list(encode_documents(loaded, TEXTS)) == list(encode_documents(TOKENIZER, TEXTS))
+    assert loaded.pad_token_id == TOKENIZER.pad_token_id != loaded.eos_token_id
+
+
+def test_errors(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.vocab_size: expected at least 258 .* got 257"
+    ):
+        train_tokenizer(TEXTS, vocab_size=257)
+    with pytest.raises(ValueError, match=r"expected text to train on, got none"):
+        train_tokenizer([], vocab_size=300)
+    with pytest.raises(ValueError, match=r"expected a folder with tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=TOKENIZER.backend_tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected an end-of-text token"):
+        load_tokenizer(tmp_path)
