@@ -59,6 +59,7 @@ class NativeSparseAttention(nn.Module):
         ValueError: a size does not fit; the message names it.
 
     Example:
+        >>> from nsa.layers import default_frequencies, rotation
         >>> attention = NativeSparseAttention(64, 4, 2, 16, config=NSAConfig.tiny())
         >>> cos, sin = rotation(torch.arange(50), default_frequencies(16), dtype=torch.float32)
         >>> attention(torch.randn(1, 50, 64), cos, sin).shape
