@@ -278,6 +278,40 @@ def train(
 
 
 @app.command()
+def convert(
+    model: Annotated[Path, typer.Option(help="Folder of a dense Llama, Qwen2 or Qwen3 model.")],
+    output: Annotated[Path, typer.Option(help="The new folder.")],
+    compressor: Annotated[str, typer.Option(help="mlp, linear, gated or mean.")] = "mlp",
+    shared_kv: Annotated[
+        bool, typer.Option("--shared-kv", help="One pair of keys and values for all branches.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Geometry, such as window_size=256; may be repeated."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 file on which both models are compared.")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Turn a dense model into a sparse one that starts where it stopped; to be trained further."""
+    from nsa.models.conversion import convert_folder, read_geometry
+    from nsa.serve.text import read_prompt
+
+    torch.manual_seed(seed or 0)
+    report = convert_folder(
+        model,
+        output,
+        config=read_geometry(overrides or ()),
+        compressor=compressor,
+        kv_per_branch=not shared_kv,
+        text=None if text is None else read_prompt(text),
+    )
+    Console().print(report)
+    typer.echo(f"Wrote {output}.")
+
+
+@app.command()
 def inspect(
     model: Model,
     text: Annotated[Path, typer.Option(help="UTF-8 file the model reads, from its start.")],
@@ -384,6 +418,19 @@ def needle_data(
     )
     write_documents(output, made, num_documents=documents)
     typer.echo(f"Wrote {documents:,} documents to {output}.")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of the demo.")] = Path("runs/demo"),
+) -> None:
+    """Train a small NSA model and its dense twin on a book, and report; minutes on a CPU."""
+    from nsa.demo import DemoStopped, run_demo
+
+    try:
+        run_demo(output, console=Console(highlight=False))
+    except DemoStopped as stopped:
+        raise typer.Exit(128 + stopped.signal_number) from None
 
 
 if __name__ == "__main__":

@@ -27,20 +27,21 @@ _PLACE = re.compile(r"\{([a-z_]+)\}")
 _CURVES = ("recall", "window_recall", "best_recall", "overlap", "twin_recall")
 
 
-def document(title: str, body: str) -> str:
+def document(title: str, body: str, *, styles: str = "") -> str:
     """A whole page: ``body`` (HTML) with the styles and scripts of charts and inspector in it.
 
     Args:
         title: plain text.
         body: HTML; fragments of inspectors, and figures ``<figure data-chart>`` whose JSON script
             is a chart.
+        styles: CSS of the page's own.
 
     Returns:
         HTML that loads nothing; its content security policy forbids it to.
     """
     parts = {
         "title": html.escape(title),
-        "styles": "".join(_asset(name) for name in _STYLES),
+        "styles": "".join(_asset(name) for name in _STYLES) + styles,
         "body": body,
         "scripts": "".join(_asset(name) for name in _SCRIPTS),
     }

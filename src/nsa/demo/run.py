@@ -1,0 +1,237 @@
+"""The demo: trains a small NSA model and its dense twin on a book and reports on both."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from nsa.demo.report import Report, TwinReport, report_html
+from nsa.demo.settings import (
+    BOOK_TITLE,
+    TWINS,
+    DemoSettings,
+    held_out_passages,
+    read_book,
+    write_data,
+)
+from nsa.inspect import tokenize, trace
+from nsa.models import load_model
+from nsa.serve.text import TextModel
+from nsa.train import checkpoint
+from nsa.train.files import write_text
+from nsa.train.run import TrainResult, train
+from nsa.train.tokenizer import encode_documents
+from nsa.train.validation import PositionLosses, position_losses
+
+_PROMPT_CHARS = 400
+
+
+class DemoStopped(Exception):
+    """A signal ended a training; its checkpoint is on disk.
+
+    Args:
+        signal_number: the signal.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}")
+        self.signal_number = signal_number
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Trained:
+    """One twin after training."""
+
+    loaded: TextModel
+    result: TrainResult
+    tokens_per_second: float
+
+
+def run_demo(
+    folder: Path, *, settings: DemoSettings | None = None, console: Console | None = None
+) -> Path:
+    """Trains both twins, evaluates and inspects them, streams a sample and writes the report.
+
+    What an earlier call left in ``folder`` is used: an interrupted demo goes on where it was.
+
+    Args:
+        folder: of the demo; made if needed.
+        settings: sizes; those of ``nsa demo`` if None.
+        console: where progress and the sample are shown.
+
+    Returns:
+        The report, ``folder / "report.html"``.
+
+    Raises:
+        DemoStopped: Ctrl-C or SIGTERM during a training, after its checkpoint was written.
+        ValueError: ``folder`` holds a demo of other settings.
+        OSError: the folder cannot be written.
+
+    Example:
+        >>> run_demo(Path("runs/demo"))
+        PosixPath('runs/demo/report.html')
+    """
+    settings = settings or DemoSettings()
+    console = console or Console(highlight=False)
+    try:
+        return _demo(folder, settings, console)
+    except (KeyboardInterrupt, DemoStopped):
+        console.print(
+            f"What is done is in {folder}. The same command goes on from there, without any flag.",
+            style="yellow",
+            markup=False,
+        )
+        raise
+
+
+def _demo(folder: Path, settings: DemoSettings, console: Console) -> Path:
+    write_data(folder, settings)
+    trained: dict[str, _Trained] = {}
+    for number, name in enumerate(TWINS, start=1):
+        kind = "Native Sparse Attention" if name == "nsa" else "its dense twin, same data"
+        _step(console, number, f"Training {name}: {kind}, on {BOOK_TITLE}")
+        trained[name] = _train(name, folder, settings, console)
+    _step(console, 3, "Evaluating both on chapters they have not seen")
+    _, held_out = read_book()
+    tokenizer = trained["nsa"].loaded.tokenizer
+    texts = held_out_passages(settings)
+    documents = [
+        ids[: settings.seq_len] for ids in encode_documents(tokenizer, texts) if len(ids) > 1
+    ]
+    losses = {
+        name: _evaluate(name, twin, documents, settings, console) for name, twin in trained.items()
+    }
+    entropy = unigram_entropy(documents)
+    _show_losses(losses, entropy, console)
+    _step(console, 4, "Looking where the sparse model looks")
+    with console.status("measuring selections, gates and recall"):
+        ids, pieces = tokenize(tokenizer, texts[len(texts) // 2], settings.seq_len)
+        looked = trace(trained["nsa"].loaded.model, ids, twin=trained["dense"].loaded.model)
+    _step(console, 5, "The sparse model goes on with the first held-out chapter")
+    prompt = held_out[:_PROMPT_CHARS].rsplit(" ", 1)[0]
+    samples = {
+        name: _sample(twin.loaded, prompt, settings, console, shown=name == "nsa")
+        for name, twin in trained.items()
+    }
+    report = Report(
+        settings=settings,
+        twins=[
+            TwinReport(
+                name=name,
+                num_parameters=twin.loaded.model.num_parameters(),
+                tokens_per_second=twin.tokens_per_second,
+                losses=twin.result.losses,
+                validation_losses=twin.result.validation_losses,
+                validation=losses[name],
+                sample=samples[name],
+            )
+            for name, twin in trained.items()
+        ],
+        unigram_entropy=entropy,
+        prompt=prompt,
+        trace=looked,
+        pieces=pieces,
+    )
+    path = folder / "report.html"
+    write_text(path, report_html(report))
+    console.print(
+        f"\nReport: {path.resolve()} (open it in a browser; it needs no network)\n"
+        f'Try: nsa generate --model {folder / "nsa" / "model"} --prompt "The whale"',
+        style="bold",
+        markup=False,
+        soft_wrap=True,
+    )
+    return path
+
+
+def _step(console: Console, number: int, title: str) -> None:
+    console.print(f"\n[{number}/5] {title}", style="bold", markup=False)
+
+
+def _train(name: str, folder: Path, settings: DemoSettings, console: Console) -> _Trained:
+    config = settings.train_config(name, folder)
+    before, _ = checkpoint.latest_checkpoint(folder / name)
+    first_step = int(before.name.rsplit("-", 1)[1]) if before else 0
+    start = time.monotonic()
+    result = train(config, resume=True, console=console, show_config=False)
+    speed_file = folder / name / "speed.json"
+    if result.step > first_step:
+        tokens = (result.step - first_step) * settings.batch_rows * settings.seq_len
+        seconds = time.monotonic() - start
+        write_text(speed_file, json.dumps({"tokens": tokens, "seconds": seconds}))
+    if result.model_dir is None:
+        raise DemoStopped(result.signal_number or 0)
+    speed = json.loads(speed_file.read_text(encoding="utf-8"))
+    model, tokenizer = load_model(result.model_dir)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _Trained(
+        loaded=TextModel(model=model.to(device), tokenizer=tokenizer),  # pyright: ignore[reportArgumentType]
+        result=result,
+        tokens_per_second=speed["tokens"] / speed["seconds"],
+    )
+
+
+def _evaluate(
+    name: str,
+    twin: _Trained,
+    documents: Sequence[Sequence[int]],
+    settings: DemoSettings,
+    console: Console,
+) -> PositionLosses:
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=len(documents))
+        return position_losses(
+            twin.loaded.model,
+            documents,
+            max_len=settings.seq_len,
+            batch_tokens=4 * settings.seq_len,
+            on_documents=lambda done: progress.update(bar, completed=done),
+        )
+
+
+def unigram_entropy(documents: Sequence[Sequence[int]]) -> float:
+    """Entropy in nats of the tokens that are predicted: what knowing only their counts leaves."""
+    _, counts = np.unique(np.concatenate([ids[1:] for ids in documents]), return_counts=True)
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _show_losses(losses: dict[str, PositionLosses], entropy: float, console: Console) -> None:
+    gap = losses["nsa"].loss - losses["dense"].loss
+    console.print(
+        f"held-out loss in nats per token: nsa {losses['nsa'].loss:.3f}, "
+        f"dense {losses['dense'].loss:.3f} (nsa {gap:+.3f}); "
+        f"unigram entropy {entropy:.3f}, {losses['nsa'].num_tokens:,} tokens",
+        markup=False,
+    )
+
+
+def _sample(
+    loaded: TextModel, prompt: str, settings: DemoSettings, console: Console, *, shown: bool
+) -> str:
+    """A continuation of ``prompt``; written to the screen word by word if ``shown``."""
+    ids = next(iter(encode_documents(loaded.tokenizer, [prompt])))[:-1]
+    ids = ids[-(settings.seq_len - settings.sample_tokens) :]
+
+    def show(piece: str) -> None:
+        if shown:
+            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+
+    if shown:
+        console.print(prompt, end="", style="dim", markup=False, soft_wrap=True)
+    made = loaded.stream(
+        ids, on_text=show, max_new_tokens=settings.sample_tokens, temperature=0.7, seed=0
+    )
+    show("\n")
+    if shown:
+        console.print(made.summary(), style="dim")
+    return made.text
