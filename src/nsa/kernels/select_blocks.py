@@ -1,0 +1,239 @@
+"""The choice of blocks: block scores, top-n, and the union of blocks of each query tile.
+
+Scores are written for a chunk of queries at a time, so memory is linear in the length. Eq. 9 adds
+to block ``j`` the compressed blocks of its own group of ``S = l'/d`` and the last ones of the group
+before. Kernel one therefore writes two sums per group, ``own`` and ``next``, and kernel two reads
+``own[j] + next[j - 1]``.
+"""
+
+import triton
+import triton.language as tl
+
+from nsa.kernels.tiles import locate_tile, num_visible
+
+
+@triton.jit
+def _sum_heads(b_p, BN: tl.constexpr, BQ: tl.constexpr, GP: tl.constexpr):
+    """``[BN, BQ * GP] -> [BN, BQ]``.
+
+    A thread of a wgmma accumulator holds two columns of every eight, so those that are its own are
+    added before any shuffle.
+    """
+    if GP >= 8:
+        b_p = tl.sum(tl.reshape(b_p, [BN, BQ, GP // 8, 8]), 2)
+        b_p = tl.sum(tl.reshape(b_p, [BN, BQ, 4, 2]), 3)
+        return tl.sum(b_p, 2)
+    else:
+        return tl.sum(tl.reshape(b_p, [BN, BQ, GP]), 2)
+
+
+@triton.jit
+def block_scores_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    own_ptr,
+    next_ptr,
+    cu_seqlens_ptr,
+    tile_offsets_ptr,
+    first_tile,
+    num_seqs,
+    T_q,
+    T_c,
+    q_offset,
+    scale_log2,
+    stride_row,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    DK: tl.constexpr,
+    DKP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SELECT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Grid (query tiles of the chunk, K).
+
+    ``own``, ``next``: fp32 ``[chunk tiles, BQ, K, stride_row]``.
+    """
+    BQ: tl.constexpr = BM // GP
+    S: tl.constexpr = SELECT // STRIDE
+    W: tl.constexpr = BLOCK // STRIDE
+    NB: tl.constexpr = BN // S
+    i_k = tl.program_id(1)
+    i_tile = first_tile + tl.num_programs(0) - 1 - tl.program_id(0)
+    t_0, q_0, _, c_0, n_q = locate_tile(
+        i_tile, cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_q, T_c, BQ, STRIDE, PACKED
+    )
+    if t_0 >= n_q:
+        return
+    o_m = tl.arange(0, BM)
+    o_t = t_0 + o_m // GP
+    o_g = o_m % GP
+    m_row = (o_t < n_q) & (o_g < G)
+    p_row = (q_0 + o_t) * H + i_k * G + o_g
+    o_dk = tl.arange(0, DKP)
+    m_dk = o_dk < DK
+    b_q = tl.load(
+        q_ptr + p_row[:, None] * DK + o_dk[None, :], mask=m_row[:, None] & m_dk[None, :], other=0.0
+    )
+    b_lse = tl.load(lse_ptr + p_row, mask=m_row, other=float("inf")) * 1.4426950408889634
+    b_visible = num_visible(q_offset + o_t, BLOCK, STRIDE)
+    n_all = num_visible(q_offset + t_0, BLOCK, STRIDE)
+    n_any = num_visible(q_offset + tl.minimum(t_0 + BQ, n_q) - 1, BLOCK, STRIDE)
+
+    o_n = tl.arange(0, BN)
+    o_j = tl.arange(0, NB)
+    o_q = tl.arange(0, BQ)
+    o_s = tl.arange(0, S)
+    w_own = tl.minimum(W, S - o_s).to(tl.float32)[None, :, None]
+    w_next = tl.maximum(W - (S - o_s), 0).to(tl.float32)[None, :, None]
+    i_row = (i_tile - first_tile).to(tl.int64) * BQ + o_q
+    p_out = (i_row * K + i_k)[:, None] * stride_row + o_j[None, :]  # [BQ, NB]
+    m_q = (t_0 + o_q < n_q)[:, None]
+    p_k = k_ptr + (o_n * K + i_k)[:, None] * DK + o_dk[None, :]
+    n_full = n_all // BN * BN
+    for c in range(0, n_full, BN):
+        b_k = tl.load(p_k + (c_0 + c) * K * DK, mask=m_dk[None, :], other=0.0)
+        b_p = tl.exp2(tl.dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse[None, :])  # [BN, BM]
+        b_p = tl.reshape(_sum_heads(b_p, BN, BQ, GP), [NB, S, BQ])
+        tl.store(own_ptr + p_out + c // S, tl.trans(tl.sum(b_p * w_own, 1)), mask=m_q)
+        tl.store(next_ptr + p_out + c // S, tl.trans(tl.sum(b_p * w_next, 1)), mask=m_q)
+    for c in range(n_full, n_any, BN):
+        m_n = c + o_n < n_any
+        b_k = tl.load(p_k + (c_0 + c) * K * DK, mask=m_n[:, None] & m_dk[None, :], other=0.0)
+        b_p = tl.exp2(tl.dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse[None, :])
+        b_p = tl.where((c + o_n)[:, None] < b_visible[None, :], b_p, 0.0)
+        b_p = tl.reshape(_sum_heads(b_p, BN, BQ, GP), [NB, S, BQ])
+        m_out = m_q & (c // S + o_j < tl.cdiv(n_any, S))[None, :]
+        tl.store(own_ptr + p_out + c // S, tl.trans(tl.sum(b_p * w_own, 1)), mask=m_out)
+        tl.store(next_ptr + p_out + c // S, tl.trans(tl.sum(b_p * w_next, 1)), mask=m_out)
+
+
+@triton.jit
+def top_blocks_kernel(
+    own_ptr,
+    next_ptr,
+    indices_ptr,
+    cu_seqlens_ptr,
+    tile_offsets_ptr,
+    first_tile,
+    num_seqs,
+    T_q,
+    q_offset,
+    stride_row,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    NUM_INIT: tl.constexpr,
+    NUM_LOCAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SELECT: tl.constexpr,
+    BQ: tl.constexpr,
+    R: tl.constexpr,
+    NBP: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Grid (query tiles of the chunk * BQ / R, K): ``indices [T, K, N]``, ascending.
+
+    Unused slots are not written: they must hold -1 before.
+
+    A score is at least 0, so its float bits order as an int. The n-th largest is found bit by bit,
+    then everything above it is taken and, among equals, the lowest blocks.
+    """
+    S: tl.constexpr = SELECT // STRIDE
+    i_k = tl.program_id(1)
+    i_local = tl.program_id(0) // (BQ // R)
+    t_0, q_0, _, _, n_q = locate_tile(
+        first_tile + i_local, cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_q, 0, BQ, 1, PACKED
+    )
+    o_r = tl.program_id(0) % (BQ // R) * R + tl.arange(0, R)
+    o_t = t_0 + o_r
+    m_r = o_t < n_q
+    position = q_offset + o_t
+    n_scored = tl.cdiv(num_visible(position, BLOCK, STRIDE), S)
+    o_j = tl.arange(0, NBP)
+    p_in = ((i_local.to(tl.int64) * BQ + o_r) * K + i_k)[:, None] * stride_row + o_j[None, :]
+    m_in = m_r[:, None] & (o_j[None, :] < n_scored[:, None])
+    m_before = m_r[:, None] & (o_j[None, :] >= 1) & (o_j[None, :] - 1 < n_scored[:, None])
+    b_score = tl.load(own_ptr + p_in, mask=m_in, other=0.0)
+    b_score += tl.load(next_ptr + p_in - 1, mask=m_before, other=0.0)
+    b_key = b_score.to(tl.int32, bitcast=True)  # [R, NBP]
+    own_block = position // SELECT
+    m_forced = (o_j < NUM_INIT)[None, :] | (o_j[None, :] > own_block[:, None] - NUM_LOCAL)
+    b_key = tl.where(m_forced, 0x7F800000, b_key)
+    b_key = tl.where(o_j[None, :] > own_block[:, None], -1, b_key)
+    b_cut = tl.zeros([R], tl.int32)
+    bit = 1 << 30
+    unsettled = 1
+    while (bit > 0) & (unsettled > 0):
+        b_try = b_cut | bit
+        b_count = tl.sum((b_key >= b_try[:, None]).to(tl.int32), 1)
+        b_cut = tl.where(b_count >= N, b_try, b_cut)
+        # A cut that leaves exactly N settles the row.
+        unsettled = tl.max(tl.where(b_count == N, 0, 1), 0) if R == 1 else 1
+        bit = bit >> 1
+    m_above = b_key > b_cut[:, None]
+    m_equal = b_key == b_cut[:, None]
+    room = N - tl.sum(m_above.to(tl.int32), 1)
+    m_take = m_above | (m_equal & (tl.cumsum(m_equal.to(tl.int32), 1) <= room[:, None]))
+    o_slot = tl.cumsum(m_take.to(tl.int32), 1) - 1
+    p_out = indices_ptr + ((q_0 + o_t) * K + i_k)[:, None] * N + o_slot
+    tl.store(p_out, tl.zeros([R, NBP], tl.int32) + o_j[None, :], mask=m_take & m_r[:, None])
+
+
+@triton.jit
+def union_blocks_kernel(
+    indices_ptr,
+    blocks_ptr,
+    bits_ptr,
+    counts_ptr,
+    cu_seqlens_ptr,
+    tile_offsets_ptr,
+    num_seqs,
+    T_q,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BQ: tl.constexpr,
+    U: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Grid (query tiles, K): the distinct blocks of a tile, ascending, and who chose them.
+
+    ``blocks [tiles, K, U]``, ``counts [tiles, K]``; ``bits [tiles, K, U + 1]`` are prefix sums of
+    one bit per token (modulo 2^64): token ``q`` of the tile chose entry ``u`` iff bit ``q`` of
+    ``bits[u + 1] - bits[u]`` is set.
+    """
+    i_k = tl.program_id(1)
+    i_tile = tl.program_id(0)
+    t_0, q_0, _, _, n_q = locate_tile(
+        i_tile, cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_q, 0, BQ, 1, PACKED
+    )
+    p_tile = (i_tile * K + i_k).to(tl.int64)
+    if t_0 >= n_q:
+        tl.store(counts_ptr + p_tile, 0)
+        return
+    o_u = tl.arange(0, U)
+    o_q = o_u // N
+    m_in = (o_q < BQ) & (t_0 + o_q < n_q)
+    b_block = tl.load(
+        indices_ptr + ((q_0 + t_0 + o_q) * K + i_k) * N + o_u % N, mask=m_in, other=-1
+    )
+    # Unused slots go to the end: they sort after every block.
+    b_key = tl.sort(tl.where(b_block < 0, 0x7FFFFFFF, b_block * BQ + o_q))
+    m_used = b_key != 0x7FFFFFFF
+    b_block = b_key // BQ
+    b_before = tl.gather(b_block, tl.maximum(o_u - 1, 0), 0)
+    m_first = m_used & ((o_u == 0) | (b_block != b_before))
+    b_bit = tl.where(m_used, tl.full([U], 1, tl.int64) << (b_key % BQ).to(tl.int64), 0)
+    b_sum = tl.cumsum(b_bit, 0)
+    o_slot = tl.cumsum(m_first.to(tl.int32), 0) - 1
+    count = tl.sum(m_first.to(tl.int32), 0)
+    tl.store(blocks_ptr + p_tile * U + o_slot, b_block, mask=m_first)
+    tl.store(bits_ptr + p_tile * (U + 1) + o_slot, b_sum - b_bit, mask=m_first)
+    tl.store(bits_ptr + p_tile * (U + 1) + count, tl.sum(b_bit, 0))
+    tl.store(counts_ptr + p_tile, count)

@@ -1,0 +1,64 @@
+"""What every kernel shares: which tokens a program works on, and how query rows are laid out.
+
+Legend of all kernels: ``B`` batch, ``T`` tokens, ``H`` query heads, ``K`` kv heads, ``G = H / K``
+group size, ``GP`` the next power of two, ``DK``/``DV`` head dims, ``DKP``/``DVP`` their next powers
+of two. ``i_`` index of the program, ``o_`` offsets, ``m_`` masks, ``p_`` pointers or row numbers,
+``b_`` tiles held on chip.
+
+A query tile has ``BM`` rows: ``BQ = BM // GP`` consecutive tokens times the ``GP`` heads of one kv
+head. Tensors are contiguous; a batch is read as one long list of tokens, in which sequence ``b``
+starts at ``b * T`` (packed: ``cu_seqlens[b]``). Addresses are int64.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def locate_tile(
+    i_tile,
+    cu_seqlens_ptr,
+    tile_offsets_ptr,
+    num_seqs,
+    T_q,
+    T_k,
+    T_c,
+    BQ: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """First token of a tile in its sequence; first rows of q, k, slots; number of queries."""
+    if PACKED:
+        lo = 0
+        hi = num_seqs
+        while lo + 1 < hi:
+            mid = (lo + hi) // 2
+            before = tl.load(tile_offsets_ptr + mid) <= i_tile
+            lo = tl.where(before, mid, lo)
+            hi = tl.where(before, hi, mid)
+        start = tl.load(cu_seqlens_ptr + lo).to(tl.int64)
+        n_q = (tl.load(cu_seqlens_ptr + lo + 1) - start).to(tl.int32)
+        t_0 = (i_tile - tl.load(tile_offsets_ptr + lo)) * BQ
+        return t_0, start, start, start // STRIDE, n_q
+    else:
+        tiles = tl.cdiv(T_q, BQ)
+        i_b = (i_tile // tiles).to(tl.int64)
+        return (i_tile % tiles) * BQ, i_b * T_q, i_b * T_k, i_b * T_c, T_q
+
+
+@triton.jit
+def num_visible(position, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
+    """Compressed blocks that lie wholly at or before ``position``."""
+    return tl.maximum(position + 1 - BLOCK + STRIDE, 0) // STRIDE
+
+
+@triton.jit
+def softmax_step(b_s, b_m, b_l, b_acc):
+    """One online-softmax step on base-2 logits ``[BM, BN]``: probabilities, rescaled states."""
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+    # Rows that have seen no key yet keep m = -inf; subtracting 0 then gives exp2(-inf) = 0, not
+    # NaN.
+    b_m_safe = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
+    b_p = tl.exp2(b_s - b_m_safe[:, None])
+    b_alpha = tl.exp2(b_m - b_m_safe)
+    return b_p, b_m_new, b_l * b_alpha + tl.sum(b_p, 1), b_acc * b_alpha[:, None]

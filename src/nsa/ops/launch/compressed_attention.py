@@ -1,0 +1,56 @@
+"""Launches compressed attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsa.kernels.compressed_attention import compressed_attention_fwd_kernel
+from nsa.ops.launch.tiles import LOG2_E, QueryTiles, heads, launch
+
+
+def compressed_attention_fwd(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    compress_block_size: int,
+    compress_stride: int,
+    softmax_scale: float,
+    q_offset: int = 0,
+    BM=128,
+    BN=64,
+    num_warps=8,
+    num_stages=3,
+) -> tuple[Tensor, Tensor]:
+    """``(o, lse)``."""
+    q, k_cmp, v_cmp = q.contiguous(), k_cmp.contiguous(), v_cmp.contiguous()
+    o = q.new_empty(*q.shape[:-1], v_cmp.shape[-1])
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    sizes = heads(q, k_cmp, v_cmp)
+    tiles = QueryTiles.of(q, cu_seqlens, BM // sizes["GP"])
+    if q.numel() == 0:
+        return o, lse
+    launch(
+        compressed_attention_fwd_kernel,
+        (tiles.num_tiles, sizes["K"]),
+        q_ptr=q,
+        k_ptr=k_cmp,
+        v_ptr=v_cmp,
+        o_ptr=o,
+        lse_ptr=lse,
+        **tiles.arguments(),
+        T_q=q.shape[-3],
+        T_c=k_cmp.shape[-3],
+        q_offset=q_offset,
+        scale_log2=softmax_scale * LOG2_E,
+        **sizes,
+        BLOCK=compress_block_size,
+        STRIDE=compress_stride,
+        BM=BM,
+        BN=BN,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return o, lse

@@ -1,0 +1,136 @@
+"""Launches the choice of blocks and the union lists of query tiles."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.kernels.select_blocks import block_scores_kernel, top_blocks_kernel, union_blocks_kernel
+from nsa.ops.launch.tiles import LOG2_E, QueryTiles, heads, launch, next_power_of_2
+
+SCORE_BYTES = 1 << 28  # of the score buffers of one chunk of queries
+
+
+class Union(NamedTuple):
+    """Distinct blocks of each query tile: see ``union_blocks_kernel``."""
+
+    blocks: Tensor
+    bits: Tensor
+    counts: Tensor
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    *,
+    config: NSAConfig,
+    softmax_scale: float,
+    cu_seqlens: Tensor | None = None,
+    q_offset: int = 0,
+    BM=128,
+    BN=64,
+    num_warps=4,
+    num_stages=3,
+    R=1,
+    top_warps=1,
+) -> Tensor:
+    """``block_indices``."""
+    q, k_cmp, lse = q.contiguous(), k_cmp.contiguous(), lse.contiguous()
+    sizes = heads(q, k_cmp)
+    indices = torch.full(
+        (*q.shape[:-2], sizes["K"], config.num_selected_blocks),
+        -1,
+        dtype=torch.int32,
+        device=q.device,
+    )
+    if q.numel() == 0:
+        return indices
+    tiles = QueryTiles.of(q, cu_seqlens, BM // sizes["GP"])
+    geometry = {
+        "BLOCK": config.compress_block_size,
+        "STRIDE": config.compress_stride,
+        "SELECT": config.block_size,
+    }
+    stride_row = config.num_blocks(q_offset + q.shape[-3])
+    tile_bytes = tiles.tokens * sizes["K"] * stride_row * 8
+    per_chunk = min(tiles.num_tiles, max(1, SCORE_BYTES // tile_bytes))
+    own = torch.empty(per_chunk * tile_bytes // 8, dtype=torch.float32, device=q.device)
+    following = torch.empty_like(own)
+    common = {
+        **tiles.arguments(),
+        **geometry,
+        "own_ptr": own,
+        "next_ptr": following,
+        "T_q": q.shape[-3],
+        "q_offset": q_offset,
+        "stride_row": stride_row,
+    }
+    for first in range(0, tiles.num_tiles, per_chunk):
+        count = min(per_chunk, tiles.num_tiles - first)
+        one_sequence = q.dim() == 4 and q.shape[0] == 1
+        reach = (first + count) * tiles.tokens if one_sequence else q.shape[-3]
+        columns = config.num_blocks(q_offset + min(reach, q.shape[-3]))
+        launch(
+            block_scores_kernel,
+            (count, sizes["K"]),
+            q_ptr=q,
+            k_ptr=k_cmp,
+            lse_ptr=lse,
+            first_tile=first,
+            T_c=k_cmp.shape[-3],
+            scale_log2=softmax_scale * LOG2_E,
+            **sizes,
+            BM=BM,
+            BN=BN,
+            **common,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+        launch(
+            top_blocks_kernel,
+            (count * (tiles.tokens // R), sizes["K"]),
+            indices_ptr=indices,
+            first_tile=first,
+            K=sizes["K"],
+            N=config.num_selected_blocks,
+            NUM_INIT=config.num_init_blocks,
+            NUM_LOCAL=config.num_local_blocks,
+            BQ=tiles.tokens,
+            R=R,
+            NBP=next_power_of_2(columns),
+            **common,
+            num_warps=top_warps,
+        )
+    return indices
+
+
+def union_blocks(block_indices: Tensor, tiles: QueryTiles, num_queries: int, num_warps=1) -> Union:
+    """Union lists of the tiles of ``block_indices [..., K, n]``."""
+    num_kv_heads, n = block_indices.shape[-2:]
+    width = next_power_of_2(tiles.tokens * n)
+    device = block_indices.device
+    union = Union(
+        torch.empty(tiles.num_tiles, num_kv_heads, width, dtype=torch.int32, device=device),
+        torch.empty(tiles.num_tiles, num_kv_heads, width + 1, dtype=torch.int64, device=device),
+        torch.empty(tiles.num_tiles, num_kv_heads, dtype=torch.int32, device=device),
+    )
+    launch(
+        union_blocks_kernel,
+        (tiles.num_tiles, num_kv_heads),
+        indices_ptr=block_indices,
+        blocks_ptr=union.blocks,
+        bits_ptr=union.bits,
+        counts_ptr=union.counts,
+        **tiles.arguments(),
+        T_q=num_queries,
+        K=num_kv_heads,
+        N=n,
+        BQ=tiles.tokens,
+        U=width,
+        num_warps=num_warps,
+    )
+    return union

@@ -1,0 +1,85 @@
+"""Sizes that every launch needs: heads and head dims, query tiles, where sequences start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Starts a Triton kernel, every argument by name."""
+    kernel[grid](**arguments)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
+    return -(-a // b)
+
+
+def heads(q: Tensor, k: Tensor, v: Tensor | None = None) -> dict[str, int]:
+    """Head counts and head dims as kernel arguments."""
+    num_heads, num_kv_heads, key_dim = q.shape[-2], k.shape[-2], q.shape[-1]
+    group = num_heads // num_kv_heads
+    sizes = {
+        "H": num_heads,
+        "K": num_kv_heads,
+        "G": group,
+        "GP": next_power_of_2(group),
+        "DK": key_dim,
+        "DKP": next_power_of_2(key_dim),
+    }
+    if v is not None:
+        sizes |= {"DV": v.shape[-1], "DVP": next_power_of_2(v.shape[-1])}
+    return sizes
+
+
+@dataclass(frozen=True)
+class QueryTiles:
+    """Tiles of ``tokens`` consecutive queries, numbered over all sequences.
+
+    Packed sequences of unknown lengths need at most ``total // tokens + num_seqs`` tiles, so
+    nothing is read back from the device; programs past the last tile stop at once.
+    """
+
+    tokens: int
+    num_tiles: int
+    num_seqs: int
+    cu_seqlens: Tensor
+    offsets: Tensor
+    packed: bool
+
+    @classmethod
+    def of(cls, q: Tensor, cu_seqlens: Tensor | None, tokens: int) -> QueryTiles:
+        """Tiles of q, ``[B, T, H, D]`` or packed ``[T, H, D]``."""
+        if cu_seqlens is None:
+            count = q.shape[0] * ceil_div(q.shape[1], tokens)
+            return cls(tokens, count, q.shape[0], q, q, False)
+        num_seqs = cu_seqlens.shape[0] - 1
+        per_seq = (cu_seqlens[1:] - cu_seqlens[:-1] + tokens - 1) // tokens
+        offsets = torch.zeros_like(cu_seqlens)
+        offsets[1:] = torch.cumsum(per_seq, 0)
+        return cls(tokens, q.shape[0] // tokens + num_seqs, num_seqs, cu_seqlens, offsets, True)
+
+    def arguments(self) -> dict:
+        """Kernel arguments that locate a tile. Without packing the pointers are never read."""
+        return {
+            "cu_seqlens_ptr": self.cu_seqlens,
+            "tile_offsets_ptr": self.offsets,
+            "num_seqs": self.num_seqs,
+            "PACKED": self.packed,
+        }
+
+
+def queries_per_sequence(q: Tensor) -> int:
+    """Tokens of q's batch rows, or of the whole packed tensor."""
+    return q.shape[-3]
