@@ -7,6 +7,7 @@ Importing this package registers the model with transformers' ``AutoConfig``, ``
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from nsa.models.configuration import NSAModelConfig
+from nsa.models.conversion import convert_from_dense
 from nsa.models.hf_cache import NSACacheLayer
 from nsa.models.loading import load_model
 from nsa.models.modeling import NSAForCausalLM, NSAModel, NSAPreTrainedModel
@@ -21,5 +22,6 @@ __all__ = [
     "NSAModel",
     "NSAModelConfig",
     "NSAPreTrainedModel",
+    "convert_from_dense",
     "load_model",
 ]

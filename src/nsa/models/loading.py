@@ -34,6 +34,21 @@ def load_model(
             finite, or the tokenizer knows more tokens than the model.
     """
     folder = Path(path)
+    model = load_weights(folder, dtype=dtype)
+    tokenizer = _load_tokenizer(folder)
+    embeddings: Any = model.get_input_embeddings()
+    vocab_size = embeddings.num_embeddings
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"{folder}: expected a tokenizer of at most {vocab_size} tokens, as the model embeds, "
+            f"got {len(tokenizer)}. Tokenizer and model do not belong together."
+        )
+    return model, tokenizer
+
+
+def load_weights(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """As ``load_model``, for a folder that need not have a tokenizer; returns the model alone."""
+    folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"model: expected a folder with config.json and weights, found none at {folder}. Train "
@@ -49,15 +64,7 @@ def load_model(
                 f"{folder}: expected finite weights, but {name} has NaN or infinity. The training "
                 "that saved it diverged; take an earlier checkpoint."
             )
-    tokenizer = _load_tokenizer(folder)
-    embeddings: Any = model.get_input_embeddings()
-    vocab_size = embeddings.num_embeddings
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"{folder}: expected a tokenizer of at most {vocab_size} tokens, as the model embeds, "
-            f"got {len(tokenizer)}. Tokenizer and model do not belong together."
-        )
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def _check_config(folder: Path) -> None:
