@@ -79,6 +79,9 @@ def test_compiles_to_one_graph():
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
+        pytest.param(
+            {}, {"seq_lens": [32, 7]}, r"^seq_lens: expected a tensor, got list", id="lengths-list"
+        ),
         pytest.param({}, {"config": None}, r"^config: expected an nsa\.NSAConfig", id="config"),
         pytest.param(
             {"q": torch.zeros(4, 4)}, {}, r"^q: expected \[batch, seq, heads, dim\]", id="rank"
