@@ -72,10 +72,14 @@ def test_micro_batches_recomputation_and_workers_do_not_change_the_losses(
     run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recomputed: list[bool] = []
+    packed: list[bool] = []
     forward = NSAForCausalLM.forward
 
     def spy(self, *args, **kwargs):
         recomputed.append(self.model.gradient_checkpointing and self.training)
+        if self.training:
+            assert kwargs["cu_seqlens"][-1] == kwargs["input_ids"].shape[1]
+            packed.append(len(kwargs["cu_seqlens"]) > 2)
         return forward(self, *args, **kwargs)
 
     single = run(batch_rows=4, micro_batch_rows=1)
@@ -83,6 +87,7 @@ def test_micro_batches_recomputation_and_workers_do_not_change_the_losses(
     monkeypatch.setattr(NSAForCausalLM, "forward", spy)
     recomputing = run(batch_rows=4, micro_batch_rows=4, gradient_checkpointing=True, num_workers=2)
     assert any(recomputed)
+    assert any(packed)
     losses = [loss for _, loss in joined.losses]
     assert [loss for _, loss in single.losses] == pytest.approx(losses, rel=1e-4)
     assert [loss for _, loss in recomputing.losses] == pytest.approx(losses, rel=1e-5)
