@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tests.models.small import VOCAB, left_padded, random_ids, small_config, small_model
@@ -11,7 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
     LlamaConfig,
-    LlamaForCausalLM,
+    Qwen3Config,
 )
 
 from nsa.models import NSAForCausalLM, NSAModel
@@ -126,33 +128,60 @@ def test_padding_changes_nothing(attention, side):
     assert len(out.hidden_states) == 3
 
 
-@pytest.mark.parametrize("rope", ["default", "yarn"])
-def test_the_dense_twin_is_llama(rope):
-    scaling = {"factor": 4.0, "original_max_position_embeddings": 64} if rope == "yarn" else {}
-    rope_parameters = {"rope_type": rope, "rope_theta": 1e4, **scaling}
-    ours = small_model(attention="dense", v_head_dim=8, rope_parameters=dict(rope_parameters))
-    sizes = {
-        name: getattr(ours.config, name)
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-            "rms_norm_eps",
-        )
-    }
-    llama = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope_parameters)).eval()
-    llama.load_state_dict(ours.state_dict())
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "config_type", "theirs"),
+    [
+        pytest.param({}, LlamaConfig, {}, id="llama"),
+        pytest.param({"rope_parameters": {**YARN, "rope_theta": 1e4}}, LlamaConfig, {}, id="yarn"),
+        pytest.param(
+            {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3},
+            LlamaConfig,
+            {"attention_bias": True, "mlp_bias": True},
+            id="llama-with-biases",
+        ),
+        pytest.param({"qk_norm": True}, Qwen3Config, {}, id="qwen3"),
+    ],
+)
+def test_the_dense_twin_is_a_known_model(changes, config_type, theirs):
+    ours = small_model(attention="dense", v_head_dim=8, **changes)
+    sizes = {name: copy.copy(getattr(ours.config, name)) for name in SIZES}
+    other = AutoModelForCausalLM.from_config(config_type(**sizes, **theirs)).eval()
+    other.load_state_dict(ours.state_dict())
     ids, mask = left_padded([random_ids(60), random_ids(33)])
     with torch.no_grad():
-        a, b = (m(ids, attention_mask=mask).logits for m in (ours, llama))
+        a, b = (m(ids, attention_mask=mask).logits for m in (ours, other))
     assert torch.allclose(a[mask.bool()], b[mask.bool()], atol=1e-5)
-    prompt = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 30}
-    assert torch.equal(ours.generate(ids, **prompt), llama.generate(ids, pad_token_id=0, **prompt))
+    prompt = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 30, "eos_token_id": 99}
+    assert torch.equal(ours.generate(ids, **prompt), other.generate(ids, pad_token_id=0, **prompt))
+
+
+def test_options_reach_the_sparse_attention():
+    model = small_model(
+        qk_norm=True, rms_norm_eps=1e-3, attention_bias=True, compressor="gated", num_init_blocks=0
+    )
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        assert (attention.q_norm.eps, attention.k_norm.eps) == (1e-3, 1e-3)
+        assert layer.input_layernorm.eps == layer.post_attention_layernorm.eps == 1e-3
+        biased = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        assert all(linear.bias is not None for linear in biased)
+        assert attention.compressor.kind == "gated"
+        assert attention.config == model.config.geometry
 
 
 def test_with_all_blocks_and_that_gate_alone_it_is_its_dense_twin():

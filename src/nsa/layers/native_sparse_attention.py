@@ -268,7 +268,5 @@ def _middle_of_slots(
     first_slots = cu_seqlens // stride
     slots = torch.arange(num_slots, device=cu_seqlens.device)
     sequence = torch.searchsorted(first_slots, slots, right=True) - 1
-    # The end of the last sequence is in cu_seqlens too, and is no sequence.
-    sequence = sequence.clamp(max=len(cu_seqlens) - 2)
     token = cu_seqlens[sequence] + (slots - first_slots[sequence]) * stride + middle
     return token.clamp(max=num_tokens - 1)
