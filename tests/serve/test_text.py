@@ -149,8 +149,8 @@ def test_load_puts_a_saved_model_on_the_device_ready_to_generate(loaded, tmp_pat
 
 def test_a_prompt_file_that_is_not_utf8_is_refused(tmp_path):
     path = tmp_path / "prompt.txt"
-    path.write_bytes(b"caf\xe9 au lait")
-    with pytest.raises(ValueError, match=r"prompt\.txt: expected UTF-8 text, byte 3 is not"):
+    path.write_bytes(b"a \xe9clair")
+    with pytest.raises(ValueError, match=r"prompt\.txt: expected UTF-8 text, byte 2 is not"):
         text.read_prompt(path)
     path.write_text("café", encoding="utf-8")
     assert text.read_prompt(path) == "café"

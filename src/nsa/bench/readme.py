@@ -59,7 +59,10 @@ def source_tree(root: Path) -> str:
 
 def operations_table(root: Path) -> str:
     """The whole layer beside dense attention, for each device, dtype and shape measured."""
-    rows = [row for row in read(root / "results" / "ops.jsonl") if not row["quick"]]
+    path = root / "results" / "ops.jsonl"
+    if not path.exists():
+        return "Nothing is measured yet: run `nsa bench ops`, then `nsa bench table`."
+    rows = [row for row in read(path) if not row["quick"]]
     rows = [row for row in latest(rows) if row["operation"] in ("pipeline", "dense_attention")]
     setups = dict.fromkeys((row["device"], row["dtype"], row["shape"]) for row in rows)
     return "\n\n".join(

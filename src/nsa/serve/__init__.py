@@ -1,1 +1,1 @@
-"""Serving."""
+"""Text in, text out: streaming generation and conversation."""
