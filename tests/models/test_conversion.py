@@ -163,11 +163,11 @@ def test_gates_start_constant_and_add_up():
 
 @pytest.fixture(scope="module")
 def trained() -> LlamaForCausalLM:
-    """A dense Llama of bytes that has learnt ``TEXT``."""
+    """A dense Llama of bytes that has learnt much of ``TEXT``, and can learn more."""
     torch.manual_seed(0)
     sizes = {**SIZES, "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128}
     model = LlamaForCausalLM(LlamaConfig(**{**sizes, "initializer_range": 0.02}))
-    _train(model, steps=150)
+    _train(model, steps=50)
     return model.eval()
 
 
@@ -199,7 +199,9 @@ def test_a_trained_llama_keeps_its_loss_and_goes_on_learning(trained):
     model, report = convert_from_dense(source, config=GEOMETRY, token_ids=_tokens())
     shift = report.shift
     assert shift.loss_before == pytest.approx(_loss(source).item())
-    assert shift.loss_before < 1.0, "the dense model has learnt the text"
+    counts = _tokens().bincount().double()
+    unigram = torch.distributions.Categorical(counts).entropy().item()
+    assert shift.loss_before < 0.7 * unigram, "the dense model has learnt the text"
     # Up to EXACT tokens, with g = sigmoid(-c), attention is (1-g) o_dense + g o_cmp + g o_win. To
     # first order the loss moves by g dL/dg, and a gate's logit has gradient g (1-g) dL/dgate.
     loss = _loss(model)
@@ -216,7 +218,7 @@ def test_a_trained_llama_keeps_its_loss_and_goes_on_learning(trained):
     assert 0 < shift.mean_change < shift.max_change
     model.zero_grad()
     model.float()
-    _train(model, steps=10, lr=3e-4)
+    _train(model, steps=10, lr=1e-3)
     assert _loss(model.eval()).item() < shift.loss_after
 
 
@@ -241,6 +243,14 @@ def test_a_folder_converts_into_a_folder(tmp_path, tied):
         assert torch.equal(weight, again.state_dict()[name])
     assert torch.equal(logits(model, ids(50)), logits(again, ids(50)))
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_generates_what_the_dense_model_generates():
+    source = qwen2(eos_token_id=None).double()
+    model, _ = convert_from_dense(source, config=GEOMETRY)
+    prompt = ids(8)[None]
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": BELOW_BLOCK - 8}
+    assert torch.equal(model.generate(prompt, **options), source.generate(prompt, **options))
 
 
 def test_bfloat16_stays_bfloat16():
