@@ -71,9 +71,7 @@ def select_blocks(
     }
     for first in range(0, tiles.num_tiles, per_chunk):
         count = min(per_chunk, tiles.num_tiles - first)
-        one_sequence = q.dim() == 4 and q.shape[0] == 1
-        reach = (first + count) * tiles.tokens if one_sequence else q.shape[-3]
-        columns = config.num_blocks(q_offset + min(reach, q.shape[-3]))
+        columns = config.num_blocks(q_offset + _reach(q, (first + count) * tiles.tokens))
         launch(
             block_scores_kernel,
             (count, sizes["K"]),
@@ -106,6 +104,12 @@ def select_blocks(
             num_warps=top_warps,
         )
     return indices
+
+
+def _reach(q: Tensor, tokens: int) -> int:
+    """Queries of one sequence that the first ``tokens`` queries of the tiles can cover."""
+    one_sequence = q.dim() == 4 and q.shape[0] == 1
+    return min(tokens, q.shape[-3]) if one_sequence else q.shape[-3]
 
 
 def union_blocks(block_indices: Tensor, tiles: QueryTiles, num_queries: int, num_warps=1) -> Union:
