@@ -41,20 +41,11 @@ def select_blocks(
     """``block_indices``."""
     q, k_cmp, lse = q.contiguous(), k_cmp.contiguous(), lse.contiguous()
     sizes = heads(q, k_cmp)
-    indices = torch.full(
-        (*q.shape[:-2], sizes["K"], config.num_selected_blocks),
-        -1,
-        dtype=torch.int32,
-        device=q.device,
-    )
+    shape = (*q.shape[:-2], sizes["K"], config.num_selected_blocks)
+    indices = torch.full(shape, -1, dtype=torch.int32, device=q.device)
     if q.numel() == 0:
         return indices
     tiles = QueryTiles.of(q, cu_seqlens, BM // sizes["GP"])
-    geometry = {
-        "BLOCK": config.compress_block_size,
-        "STRIDE": config.compress_stride,
-        "SELECT": config.block_size,
-    }
     stride_row = config.num_blocks(q_offset + q.shape[-3])
     tile_bytes = tiles.tokens * sizes["K"] * stride_row * 8
     per_chunk = min(tiles.num_tiles, max(1, SCORE_BYTES // tile_bytes))
@@ -62,7 +53,9 @@ def select_blocks(
     following = torch.empty_like(own)
     common = {
         **tiles.arguments(),
-        **geometry,
+        "BLOCK": config.compress_block_size,
+        "STRIDE": config.compress_stride,
+        "SELECT": config.block_size,
         "own_ptr": own,
         "next_ptr": following,
         "T_q": q.shape[-3],
