@@ -47,9 +47,9 @@ class DemoSettings:
     num_layers: int = 4
     num_heads: int = 4
     num_kv_heads: int = 2
-    max_steps: int = 240
-    batch_rows: int = 4
-    eval_every: int = 60
+    max_steps: int = 480
+    batch_rows: int = 2
+    eval_every: int = 120
     learning_rate: float = 4e-3
     train_chars: int | None = None
     held_out_chars: int | None = None

@@ -6,7 +6,7 @@ const percent = (v) => `${Math.round(100 * v)}%`;
 const KIND_NAMES = { init: "first", local: "local", chosen: "chosen" };
 
 function shownText(piece) {
-  return piece.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ $/, "␣");
+  return piece.replace(/\n/g, "⏎").replace(/\t/g, "⇥");
 }
 
 class Inspector {
@@ -225,7 +225,7 @@ class Inspector {
   describe(t) {
     const { cell, meta } = this;
     const blocks = blocksOf(cell, t);
-    const token = shownText(this.tokens[t]);
+    const token = shownText(this.tokens[t]).replace(/^ $/, "␣");
     const before = this.tokens.slice(Math.max(0, t - 14), t).map(shownText).join("");
     this.find("query-title").textContent = `What token ${t} reads`;
     this.find("before").textContent = `… ${before}`;
