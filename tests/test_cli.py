@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from tests.models.small import small_model
+from tests.models.tokenizer import character_tokenizer
 
 import nsa
 from nsa import cli
@@ -53,7 +55,7 @@ def test_help_is_quick_it_loads_no_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("generate", "chat", "train", "eval", "inspect", "bench", "env"):
+    for command in ("generate", "chat", "train", "eval", "convert", "inspect", "bench", "env"):
         assert command in done.stdout
 
 
@@ -221,6 +223,25 @@ def test_bench_ops_fails_when_a_provider_is_wrong(monkeypatch, tmp_path):
     only = ["--operation", "window_attention", "--output", str(tmp_path / "ops.jsonl")]
     assert run(monkeypatch, "bench", "ops", "--quick", "--device", "cpu", *only) == 1
     assert not (tmp_path / "ops.jsonl").exists()
+
+
+def test_convert_writes_a_model_and_shows_what_it_did(monkeypatch, capsys, tmp_path):
+    dense, sparse = tmp_path / "dense", tmp_path / "sparse"
+    small_model(attention="dense").save_pretrained(dense)
+    character_tokenizer().save_pretrained(dense)
+    (tmp_path / "text.txt").write_text("A short text.", encoding="utf-8")
+    arguments = ["--model", str(dense), "--output", str(sparse)]
+    options = ["--shared-kv", "--compressor", "gated", "--set", "window_size=77"]
+    text_file = ["--text", str(tmp_path / "text.txt")]
+    assert run(monkeypatch, "convert", *arguments, *options, *text_file) == 0
+    shown = capsys.readouterr().out
+    assert "On a text of 13 tokens" in shown
+    assert "KL(dense, converted)" in shown
+    config = json.loads((sparse / "config.json").read_text())
+    assert (config["attention"], config["window_size"]) == ("nsa", 77)
+    assert (config["compressor"], config["kv_per_branch"]) == ("gated", False)
+    assert run(monkeypatch, "convert", *arguments) == 2
+    assert "output: expected a new folder" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_no_error():
