@@ -39,6 +39,10 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
+    # None of these is anyone's default, so that one left behind shows.
+    "hidden_act": "gelu",
+    "rms_norm_eps": 1e-3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
     "initializer_range": 0.2,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -245,6 +249,13 @@ def test_a_folder_converts_into_a_folder(tmp_path, tied):
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
+def test_a_folder_needs_no_tokenizer_to_convert_in_python(tmp_path):
+    source = llama()
+    source.save_pretrained(tmp_path)
+    model, _ = convert_from_dense(str(tmp_path), config=GEOMETRY)
+    assert torch.equal(model.lm_head.weight, source.lm_head.weight)
+
+
 def test_generates_what_the_dense_model_generates():
     source = qwen2(eos_token_id=None).double()
     model, _ = convert_from_dense(source, config=GEOMETRY)
@@ -294,6 +305,13 @@ def _with_other_shape() -> LlamaForCausalLM:
     return model
 
 
+def _with_wide_keys() -> LlamaForCausalLM:
+    """As many rows as the keys of three branches have."""
+    model = llama()
+    model.model.layers[0].self_attn.k_proj.weight = torch.nn.Parameter(torch.zeros(48, 32))
+    return model
+
+
 def _capped() -> LlamaForCausalLM:
     model = llama()
     model.config.final_logit_softcapping = 30.0
@@ -331,6 +349,11 @@ def _partly_rotated() -> LlamaForCausalLM:
         ),
         pytest.param(
             _with_integer_weight, "lm_head.weight: expected floating-point weights", id="quantised"
+        ),
+        pytest.param(
+            _with_wide_keys,
+            r"k_proj.weight: expected \[16, 32\] by the config, got \[48, 32\]",
+            id="shape-of-keys",
         ),
         pytest.param(
             _with_other_shape, r"lm_head.weight: expected \[97, 32\].*got \[97, 16\]", id="shape"

@@ -284,23 +284,23 @@ def _fill(
             f"source: expected only weights that have a place here, got {len(unknown)} others "
             f"({unknown[0]}, ...). Merge adapters, and undo what was added to the model."
         )
+    num_branches = 3 if model.config.kv_per_branch else 1
     copied, initialised = {}, {}
     for name, target in targets.items():
         if name in weights:
-            copied[name] = _copy(name, target, weights[name])
+            copied[name] = _copy(name, target, weights[name], num_branches)
         else:
             initialised[name] = _initialise(name, target)
     return copied, initialised
 
 
-def _copy(name: str, target: Tensor, weight: Tensor) -> str:
-    times = 3 if name.split(".")[-2] in ("k_proj", "v_proj") else 1
-    if target.shape == weight.shape:
-        times = 1
-    elif target.shape != (times * weight.shape[0], *weight.shape[1:]) or times == 1:
+def _copy(name: str, target: Tensor, weight: Tensor, num_branches: int) -> str:
+    times = num_branches if name.split(".")[-2] in ("k_proj", "v_proj") else 1
+    if target.shape != (times * weight.shape[0], *weight.shape[1:]):
+        expected = [target.shape[0] // times, *target.shape[1:]]
         raise ValueError(
-            f"{name}: expected {list(target.shape)} by the config, got {list(weight.shape)}. "
-            "Weights and config do not belong together."
+            f"{name}: expected {expected} by the config, got {list(weight.shape)}. Weights and "
+            "config do not belong together."
         )
     if not weight.is_floating_point():
         raise ValueError(
