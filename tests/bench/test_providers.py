@@ -1,9 +1,7 @@
 import pytest
-import torch
 
 from nsa.bench.operations import OPERATIONS
 from nsa.bench.providers import MAX_MASKED_TOKENS, PROVIDERS
-from nsa.bench.shapes import SHAPES
 
 ON_CPU = [
     pytest.param(name, operation, id=f"{name}-{operation}")
@@ -23,7 +21,9 @@ def test_every_operation_has_a_provider_on_the_cpu():
     assert {case.values[1] for case in ON_CPU} == set(OPERATIONS)
 
 
-def test_a_dense_mask_that_would_not_fit_is_refused():
-    tensors = {"q": torch.empty(1, MAX_MASKED_TOKENS + 1, 1, 1)}
-    with pytest.raises(NotImplementedError, match="a dense mask is built up to 8192 tokens only"):
-        PROVIDERS["sdpa"].operations["window_attention"](tensors, SHAPES["tiny"].config)
+def test_dense_masks_are_measured_while_they_fit():
+    sdpa = PROVIDERS["sdpa"]
+    assert sdpa.offers("window_attention", MAX_MASKED_TOKENS)
+    assert not sdpa.offers("window_attention", MAX_MASKED_TOKENS + 1)
+    assert sdpa.offers("dense_attention", MAX_MASKED_TOKENS + 1)
+    assert not sdpa.offers("compress_kv", 1)

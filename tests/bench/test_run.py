@@ -34,6 +34,19 @@ def test_a_plan_narrows_to_what_is_asked_for():
     ]
 
 
+def test_on_cuda_the_reference_is_measured_only_if_asked_for():
+    cuda = torch.device("cuda")
+    providers = {case.provider for case in Plan(device=cuda).cases()}
+    assert providers == {"kernel", "sdpa", "cudnn", "flash"}
+    asked = Plan(device=cuda, providers=("reference",), operations=("pipeline",)).cases()
+    assert {case.provider for case in asked} == {"reference"}
+
+
+def test_lengths_that_a_provider_cannot_do_are_left_out():
+    asked = plan(providers=("sdpa",), operations=("window_attention",), seq_lens=(256, 16384))
+    assert {case.seq_len for case in asked.cases()} == {256}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -38,6 +38,7 @@ class Provider:
         devices: device types it runs on.
         backend: backend of this package that prepares its inputs (compressed keys, chosen blocks).
         operations: for each operation it offers, how to prepare the call.
+        max_tokens: for operations that it cannot do at every length, the longest it is measured at.
     """
 
     name: str
@@ -45,6 +46,12 @@ class Provider:
     devices: tuple[str, ...]
     backend: str
     operations: dict[str, Prepare]
+    max_tokens: dict[str, int] = field(default_factory=dict)
+
+    def offers(self, operation: str, seq_len: int) -> bool:
+        """Whether it has the operation, and at this length."""
+        limit = self.max_tokens.get(operation, seq_len)
+        return operation in self.operations and seq_len <= limit
 
 
 def _nsa(name: str, about: str, devices: tuple[str, ...], operations: list[str]) -> Provider:
@@ -96,10 +103,7 @@ def _selected(tensors: Tensors, config: NSAConfig) -> Callable[[], Outputs]:
 
 
 def _positions(tensors: Tensors) -> Tensor:
-    seq_len = tensors["q"].shape[1]
-    if seq_len > MAX_MASKED_TOKENS:
-        raise NotImplementedError(f"a dense mask is built up to {MAX_MASKED_TOKENS} tokens only")
-    return torch.arange(seq_len, device=tensors["q"].device)
+    return torch.arange(tensors["q"].shape[1], device=tensors["q"].device)
 
 
 def _dense(backend: SDPBackend) -> dict[str, Prepare]:
@@ -134,6 +138,7 @@ PROVIDERS = {
                 "dense_attention": lambda tensors, _config: _attend(tensors, "slc"),
                 "dense_decode": lambda tensors, _config: _attend(tensors, "slc", last_only=True),
             },
+            max_tokens=dict.fromkeys(("selected_attention", "window_attention"), MAX_MASKED_TOKENS),
         ),
         Provider(
             name="cudnn",

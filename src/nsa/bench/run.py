@@ -94,12 +94,17 @@ class Plan:
     def cases(self) -> list[Case]:
         """All combinations that exist, by length, workload, operation, provider and mode.
 
-        Dense attention does not depend on the workload and is measured with the first one only.
+        Dense attention does not depend on the workload and is measured with the first one only. On
+        CUDA the reference is measured only if it is asked for: at the lengths that matter there,
+        one call takes minutes.
         """
         lengths = self.resolve_shape().seq_lens
         workloads = self.workloads or WORKLOADS
         providers = self.providers or tuple(
-            name for name, entry in PROVIDERS.items() if self.device.type in entry.devices
+            name
+            for name, entry in PROVIDERS.items()
+            if self.device.type in entry.devices
+            and not (name == "reference" and self.device.type == "cuda")
         )
         return [
             Case(operation, mode, provider, seq_len, workload)
@@ -108,7 +113,7 @@ class Plan:
             for operation in self.operations or OPERATIONS
             for provider in providers
             for mode in OPERATIONS[operation].modes
-            if operation in PROVIDERS[provider].operations
+            if PROVIDERS[provider].offers(operation, seq_len)
             and mode in (self.modes or MODES)
             and (OPERATIONS[operation].run is not None or workload == workloads[0])
         ]
@@ -122,7 +127,9 @@ def run_and_report(plan: Plan, output: Path, console: Console) -> bool:
     """
     cases = plan.cases()
     if not cases:
-        raise ValueError("operation, provider: expected a provider that offers the operation.")
+        raise ValueError(
+            "operation, provider: expected a provider that offers the operation at that length."
+        )
     rows: list[Row] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=len(cases))
