@@ -229,9 +229,10 @@ def test_logits_to_keep():
     model, ids = small_model(), random_ids(2, 20)
     with torch.no_grad():
         whole = model(ids).logits
-        assert torch.equal(model(ids, logits_to_keep=3).logits, whole[:, -3:])
+        # A product of fewer rows may sum in another order.
+        torch.testing.assert_close(model(ids, logits_to_keep=3).logits, whole[:, -3:])
         some = torch.tensor([1, 7])
-        assert torch.equal(model(ids, logits_to_keep=some).logits, whole[:, some])
+        torch.testing.assert_close(model(ids, logits_to_keep=some).logits, whole[:, some])
 
 
 def test_embeddings_instead_of_ids_and_a_tuple_instead_of_a_dict():
