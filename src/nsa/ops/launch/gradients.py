@@ -80,8 +80,11 @@ def attention_bwd(
             "delta_ptr": delta[i],
             "GATED": gates is not None,
         }
-        keys = _selected_dkv if name == "slc" else _range_dkv
-        grads[f"dk_{name}"], grads[f"dv_{name}"] = keys(rows, q, branch, geometry, name)
+        if name == "slc":
+            dk, dv = _selected_dkv(rows, q, branch, geometry)
+        else:
+            dk, dv = _range_dkv(rows, q, branch, geometry, compressed=name == "cmp")
+        grads[f"dk_{name}"], grads[f"dv_{name}"] = dk, dv
     return grads
 
 
@@ -186,7 +189,7 @@ def _range_dkv(
     q: Tensor,
     branch: Branch,
     geometry: Geometry,
-    name: str,
+    compressed: bool,
     BM=32,
     BN=64,
     num_warps=4,
@@ -195,7 +198,6 @@ def _range_dkv(
 ) -> tuple[Tensor, Tensor]:
     """Of compressed or window keys."""
     sizes = heads(q, branch.k, branch.v)
-    compressed = name == "cmp"
     block, stride = (
         (geometry.compress_block_size, geometry.compress_stride) if compressed else (1, 1)
     )
@@ -254,7 +256,6 @@ def _selected_dkv(
     q: Tensor,
     branch: Branch,
     geometry: Geometry,
-    name: str,
     BM=32,
     BN=64,
     num_warps=4,

@@ -78,8 +78,3 @@ class QueryTiles:
             "num_seqs": self.num_seqs,
             "PACKED": self.packed,
         }
-
-
-def queries_per_sequence(q: Tensor) -> int:
-    """Tokens of q's batch rows, or of the whole packed tensor."""
-    return q.shape[-3]
