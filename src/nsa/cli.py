@@ -268,12 +268,15 @@ def train(
     from nsa.train.config import load_config
     from nsa.train.run import train as run_training
 
-    result = run_training(
-        load_config(config, overrides or ()), resume=resume, console=Console(highlight=False)
-    )
+    console = Console(highlight=False)
+    result = run_training(load_config(config, overrides or ()), resume=resume, console=console)
+    leads = True
     if torch.distributed.is_initialized():
+        leads = torch.distributed.get_rank() == 0
         torch.distributed.destroy_process_group()
     if result.signal_number is not None:
+        if leads:
+            console.print("Go on with the same command and --resume.")
         raise typer.Exit(128 + result.signal_number)
 
 

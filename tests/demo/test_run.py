@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -16,6 +17,8 @@ from nsa import cli
 from nsa.config import NSAConfig
 from nsa.demo import DemoSettings, DemoStopped, run_demo
 from nsa.demo.run import unigram_entropy
+from nsa.train.checkpoint import CheckpointError
+from nsa.train.engine import NSATrainer
 from nsa.train.progress import ProgressReport
 
 SMALL = DemoSettings(
@@ -124,6 +127,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(done, tmp_path, monkeyp
     monkeypatch.setattr(ProgressReport, "on_step_end", real)
     assert caught.value.signal_number == signal.SIGINT
     assert f"What is done is in {tmp_path}. The same command goes on" in screen.getvalue()
+    assert "--resume" not in screen.getvalue()
     assert not (tmp_path / "report.html").exists()
     screen_after = run(tmp_path)
     assert screen_after.count("step 1/6") == (1 if stopped == "nsa" else 0)
@@ -134,6 +138,19 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(done, tmp_path, monkeyp
         ]
         losses = [[e["eval_loss"] for e in history if "eval_loss" in e] for history in finals]
         assert losses[0] == losses[1]
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(tmp_path, monkeypatch):
+    def full(trainer, output_dir=None, _internal_call=False):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    screen = io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(NSATrainer, "save_model", full)
+        with pytest.raises(CheckpointError, match="the disk is full; there is no earlier"):
+            run_demo(tmp_path, settings=SMALL, console=Console(file=screen, width=500))
+    assert "The same command goes on from there" in screen.getvalue()
+    assert "report.html" in run(tmp_path)
 
 
 def test_other_settings_do_not_overwrite_a_demo(done):

@@ -35,7 +35,9 @@ def test_needle_stands_at_its_depth_between_sentences(depth: float):
         after = tokenizer().decode(made.prompt[made.position :])
         assert after.startswith(made.needle.sentence)
         assert depth == 1.0 or not before or before[-1] in ".!?"
-        added = tokenizer()(made.needle.sentence + made.needle.question)["input_ids"]
+        added = tokenizer()(made.needle.sentence + made.needle.question, add_special_tokens=False)[
+            "input_ids"
+        ]
         # Moved to the nearest start of a sentence, so by half a sentence at most.
         assert abs(made.position - 1 - depth * (999 - len(added))) < 40
 
@@ -111,7 +113,10 @@ def test_training_documents_ask_for_every_needle_after_the_text():
 
 
 def test_training_documents_fit_their_length():
-    sizes = [len(tokenizer()(text)["input_ids"]) + 2 for text in documents(num_documents=20)]
+    sizes = [
+        len(tokenizer()(text, add_special_tokens=False)["input_ids"]) + 2
+        for text in documents(num_documents=20)
+    ]
     assert max(sizes) <= 500
     assert min(sizes) > 430
 

@@ -58,7 +58,7 @@ def test_log_likelihood_is_that_of_the_answers_tokens():
     made = needle_sample(
         haystack(), length=300, depth=0.5, num_keys=1, num_digits=5, rng=random.Random(0)
     )
-    answer = tokenizer()(made.needle.answer)["input_ids"]
+    answer = tokenizer()(made.needle.answer, add_special_tokens=False)["input_ids"]
     ids = torch.tensor([[*made.prompt.tolist(), *answer]])
     with torch.no_grad():
         logp = model(ids).logits[0].log_softmax(-1)
@@ -113,7 +113,9 @@ def test_progress_ends_at_the_total():
 def test_prompt_and_any_answer_fit_the_length():
     for digits in (1, 5, 18):
         answer = f" {'9' * digits}."
-        assert len(tokenizer()(answer)["input_ids"]) <= answer_room(digits)
+        assert len(tokenizer()(answer, add_special_tokens=False)["input_ids"]) <= answer_room(
+            digits
+        )
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ def test_bins_hold_the_losses_at_their_positions():
     bins: list[list[float]] = [[], []]
     start, end = tokenizer().bos_token_id, tokenizer().eos_token_id
     for text in TEXTS:
-        ids = torch.tensor([start, *tokenizer()(text)["input_ids"], end])[:200]
+        ids = torch.tensor([start, *tokenizer()(text, add_special_tokens=False)["input_ids"], end])[
+            :200
+        ]
         with torch.no_grad():
             logp = llama()(ids[None]).logits[0].log_softmax(-1)
         for position in range(1, len(ids)):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from tests.eval.samples import llama, tokenizer
 from tests.eval.task_files import ITEMS, write_task_files
-from transformers import PreTrainedTokenizerFast
 
 from nsa.eval.settings import TaskSettings
 from nsa.eval.task_suites import (
@@ -21,15 +20,14 @@ from nsa.eval.task_suites import (
     hub_tasks,
     load_tasks,
     task_scores,
-    with_start_token,
 )
 
 
 def likelihood(context: str, answer: str) -> tuple[float, bool]:
     """Log-likelihood of an answer, and whether greedy decoding gives it, from the model itself."""
     start = tokenizer().bos_token_id
-    prompt = [start, *tokenizer()(context)["input_ids"]]
-    ids = [start, *tokenizer()(context + answer)["input_ids"]]
+    prompt = [start, *tokenizer()(context, add_special_tokens=False)["input_ids"]]
+    ids = [start, *tokenizer()(context + answer, add_special_tokens=False)["input_ids"]]
     with torch.no_grad():
         logp = llama()(torch.tensor([ids])).logits[0].log_softmax(-1)
     places = range(len(prompt), len(ids))
@@ -99,22 +97,6 @@ def test_nothing_of_the_process_stays_changed(tmp_path: Path, monkeypatch: pytes
     assert os.environ["DISABLE_MULTIPROC"] == ""
     assert logging.getLogger("lm_eval.api.task").level == level
     assert not logging.getLogger("lm_eval.models.huggingface").filters
-
-
-def test_start_token_is_added_once():
-    plain = tokenizer()
-    start = plain.bos_token_id
-    assert start not in plain("a ship")["input_ids"]
-    starting = with_start_token(plain)
-    assert starting("a ship")["input_ids"] == [start, *plain("a ship")["input_ids"]]
-    assert starting("a", add_special_tokens=False)["input_ids"] == plain("a")["input_ids"]
-    assert with_start_token(starting) is starting
-    assert start not in plain("a ship")["input_ids"]
-
-
-def test_tokenizer_without_start_token_stays():
-    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer().backend_tokenizer)
-    assert with_start_token(plain) is plain
 
 
 class Manager:

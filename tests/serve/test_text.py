@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nsa.serve import text
 from nsa.serve.text import Chat, TextModel
+from nsa.train.tokenizer import train_tokenizer
 
 POSITIONS = 64
 TEMPLATE = (
@@ -56,6 +57,32 @@ def test_the_pieces_are_the_text_and_the_text_is_greedy_generation(loaded):
     expected = loaded.model.generate(ids, do_sample=False, max_new_tokens=20, pad_token_id=0)
     assert made.text == loaded.tokenizer.decode(expected[0, ids.shape[1] :])
     assert (made.num_prompt_tokens, made.num_new_tokens) == (7, 20)
+
+
+def test_a_prompt_begins_with_the_start_token_once(monkeypatch):
+    tokenizer = train_tokenizer(["The sea, the sea"], vocab_size=258)
+    start = tokenizer.bos_token_id
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=258, num_attention_heads=2, **sizes, eos_token_id=None)
+    model = LlamaForCausalLM(config).eval()
+    read = []
+    real = model.generate
+
+    def generate(input_ids, **options):
+        read.append(input_ids.tolist())
+        return real(input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", generate)
+    loaded = TextModel(model=model, tokenizer=tokenizer)
+    made, _ = stream(loaded, max_new_tokens=4, temperature=0)
+    bare = tokenizer("The sea", add_special_tokens=False)["input_ids"]
+    assert read == [[[start, *bare]]]
+    assert made.num_prompt_tokens == len(bare) + 1
+    talk = Chat(loaded=loaded)
+    talk.reply("Hi", on_text=lambda _: None, max_new_tokens=2, temperature=0)
+    talk.reply("You", on_text=lambda _: None, max_new_tokens=2, temperature=0)
+    assert [ids[0].count(start) for ids in read] == [1, 1, 1]
 
 
 def test_a_seed_repeats_a_sample_and_another_gives_another(loaded):

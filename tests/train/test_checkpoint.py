@@ -93,7 +93,7 @@ def test_save_error_says_what_is_safe(tmp_path: Path) -> None:
     _publish(tmp_path, "checkpoint-2")
     other = checkpoint.save_error(RuntimeError("write failed\nat 0x1"), step=4, run_dir=tmp_path)
     assert f"write failed; {tmp_path / 'checkpoint-2'} is intact" in str(other)
-    assert "go on with --resume" in str(other)
+    assert "then resume the run" in str(other)
 
 
 def test_save_error_without_a_cause_asks_the_disk(

@@ -94,6 +94,8 @@ def test_final_model_is_the_last_checkpoint_and_generates(finished: TrainResult)
     tokenizer = AutoTokenizer.from_pretrained(finished.model_dir)
     assert model.config.eos_token_id == tokenizer.eos_token_id
     prompt = tokenizer("the cat sees", return_tensors="pt")
+    assert prompt["input_ids"][0].tolist().count(model.config.bos_token_id) == 1
+    assert prompt["input_ids"][0, 0] == model.config.bos_token_id
     out = model.generate(**prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert out.shape[1] == prompt["input_ids"].shape[1] + 5
 
@@ -140,7 +142,7 @@ def test_signal_saves_and_resume_draws_the_same_curve(
     assert stopped.signal_number == num
     assert stopped.step == 3
     assert stopped.model_dir is None
-    assert f"Saved {tmp_path / 'run' / 'checkpoint-3'}; go on with the same" in out.getvalue()
+    assert f"Saved {tmp_path / 'run' / 'checkpoint-3'}." in out.getvalue()
     resumed = train(config, resume=True, console=QUIET)
     assert resumed.losses == finished.losses
     assert resumed.validation_losses == finished.validation_losses
@@ -329,7 +331,7 @@ def test_command_trains_and_stops_with_the_exit_code_of_ctrl_c(
         _after_step(1, lambda: signal.raise_signal(signal.SIGINT), patch)
         stopped = CliRunner().invoke(app, ["train", str(path), "--set", "training.max_steps=2"])
     assert stopped.exit_code == 130
-    assert "--resume" in stopped.output
+    assert "Go on with the same command and --resume." in stopped.output
     resumed = CliRunner().invoke(
         app, ["train", str(path), "--set", "training.max_steps=2", "--resume"]
     )

@@ -7,10 +7,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nsa.train import tokenizer as module
-from nsa.train.tokenizer import END_OF_TEXT, encode_documents, load_tokenizer, train_tokenizer
+from nsa.train.tokenizer import (
+    END_OF_TEXT,
+    encode_documents,
+    load_tokenizer,
+    start_tokens,
+    train_tokenizer,
+    with_start_token,
+)
 
 TEXTS = ["to be or not to be, that is the question"] * 20 + ["whether 'tis nobler in the mind"]
 TOKENIZER = train_tokenizer(TEXTS, vocab_size=290)
@@ -52,6 +60,52 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     loaded = load_tokenizer(tmp_path)
     assert list(encode_documents(loaded, TEXTS)) == list(encode_documents(TOKENIZER, TEXTS))
     assert loaded.pad_token_id == TOKENIZER.pad_token_id != loaded.eos_token_id
+
+
+def without_template(**names: str) -> PreTrainedTokenizerFast:
+    """As tokenizers of the kind of GPT-2 are: they have a start token and do not add it."""
+    raw = Tokenizer.from_str(TOKENIZER.backend_tokenizer.to_str())
+    raw.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END_OF_TEXT, **names)
+
+
+def test_a_text_begins_with_the_start_token_once_and_a_document_too() -> None:
+    start = TOKENIZER.bos_token_id
+    bare = TOKENIZER("to be", add_special_tokens=False)["input_ids"]
+    assert TOKENIZER("to be")["input_ids"] == [start, *bare]
+    assert TOKENIZER("to be", "to be")["input_ids"] == [start, *bare, *bare]
+    (ids,) = encode_documents(TOKENIZER, ["to be"])
+    assert ids == [start, *bare, TOKENIZER.eos_token_id]
+    assert TOKENIZER.decode([start, *bare], skip_special_tokens=True) == "to be"
+
+
+def test_the_start_token_is_saved_with_the_tokenizer(tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path)
+    for loaded in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)):
+        assert loaded("to be")["input_ids"] == TOKENIZER("to be")["input_ids"]
+
+
+def test_a_loaded_tokenizer_is_made_to_begin_texts(tmp_path: Path) -> None:
+    plain = without_template(bos_token=END_OF_TEXT)
+    assert start_tokens(plain) == []
+    bare = plain("to be")["input_ids"]
+    plain.save_pretrained(tmp_path / "plain")
+    starting = load_tokenizer(tmp_path / "plain")
+    start = starting.bos_token_id
+    assert starting("to be")["input_ids"] == [start, *bare]
+    assert list(encode_documents(starting, ["to be"])) == [[start, *bare, start]]
+    assert with_start_token(starting) is starting
+    assert plain("to be")["input_ids"] == bare
+    starting.save_pretrained(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again")("to be")["input_ids"] == [start, *bare]
+
+
+def test_a_tokenizer_without_start_token_stays() -> None:
+    plain = without_template()
+    assert with_start_token(plain) is plain
+    assert list(encode_documents(plain, ["to be"])) == [
+        [*plain("to be")["input_ids"], plain.eos_token_id]
+    ]
 
 
 def test_errors(tmp_path: Path) -> None:

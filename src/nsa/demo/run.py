@@ -73,7 +73,8 @@ def run_demo(
     Raises:
         DemoStopped: Ctrl-C or SIGTERM during a training, after its checkpoint was written.
         ValueError: ``folder`` holds a demo of other settings.
-        OSError: the folder cannot be written.
+        CheckpointError: a checkpoint cannot be written, for want of space say.
+        OSError: another file cannot be written.
 
     Example:
         >>> run_demo(Path("runs/demo"))
@@ -83,7 +84,7 @@ def run_demo(
     console = console or Console(highlight=False)
     try:
         return _demo(folder, settings, console)
-    except (KeyboardInterrupt, DemoStopped):
+    except (KeyboardInterrupt, DemoStopped, checkpoint.CheckpointError):
         console.print(
             f"What is done is in {folder}. The same command goes on from there, without any flag.",
             style="yellow",
@@ -219,8 +220,8 @@ def _sample(
     loaded: TextModel, prompt: str, settings: DemoSettings, console: Console, *, shown: bool
 ) -> str:
     """A continuation of ``prompt``; written to the screen word by word if ``shown``."""
-    ids = next(iter(encode_documents(loaded.tokenizer, [prompt])))[:-1]
-    ids = ids[-(settings.seq_len - settings.sample_tokens) :]
+    start, *words = loaded.tokenizer(prompt)["input_ids"]
+    ids = [start, *words[-(settings.seq_len - settings.sample_tokens - 1) :]]
 
     def show(piece: str) -> None:
         if shown:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nsa.eval.haystack import Haystack, encode
+from nsa.train.tokenizer import start_tokens
 
 _FIRST_WORDS = (
     "amber ancient brave bright calm clever copper crimson curious distant eager early emerald "
@@ -120,8 +121,7 @@ def needle_sample(
     needles = make_needles(num_keys, num_digits, rng)
     hidden = encode(haystack.tokenizer, [n.sentence for n in needles])
     (question,) = encode(haystack.tokenizer, [needles[0].question])
-    start = haystack.tokenizer.bos_token_id
-    head = np.array([] if start is None else [start], dtype=np.int64)
+    head = np.array(start_tokens(haystack.tokenizer), dtype=np.int64)
     room = _room(length, [head, *hidden, question])
     context = haystack.cut(room, rng)
     boundaries = context.boundaries

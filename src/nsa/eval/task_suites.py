@@ -7,7 +7,6 @@ others are lm-eval's own, with data from the Hugging Face Hub; without one, all 
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import logging
 import os
@@ -17,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tokenizers import processors
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nsa.eval.local_tasks import local_definitions, local_task
 from nsa.eval.settings import TaskSettings
@@ -133,7 +131,6 @@ def task_scores(
     # lm-eval imports these lazily, so their types are lost.
     harness_class: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
     run: Any = importlib.import_module("lm_eval.evaluator").evaluate
-    starting = with_start_token(tokenizer)
     task_dict = loaded.manager.load([task for task, _ in loaded.tasks])
     for task in task_dict["tasks"].values():
         wanted = settings.num_fewshot
@@ -143,12 +140,7 @@ def task_scores(
         task.set_fewshot_seed(seed=seed)
     with _one_quiet_process():
         results = run(
-            lm=harness_class(
-                pretrained=model,
-                tokenizer=starting,
-                batch_size=settings.batch_size,
-                add_bos_token=starting.bos_token_id is not None,
-            ),
+            lm=harness_class(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size),
             task_dict=task_dict,
             limit=limit,
             log_samples=False,
@@ -160,30 +152,6 @@ def task_scores(
         for task, source in loaded.tasks
         for score in _scores(results, _name(task), group=None, source=source)
     ]
-
-
-def with_start_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A tokenizer that begins every text with the start token, as training documents begin.
-
-    lm-eval leaves that to the tokenizer, and one without a post-processor adds nothing.
-
-    Returns:
-        ``tokenizer`` itself where it does so already, has no start token, or is not a fast one.
-    """
-    start = tokenizer.bos_token_id
-    if start is None or not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return tokenizer
-    if tokenizer("a")["input_ids"][:1] == [start]:
-        return tokenizer
-    starting = copy.deepcopy(tokenizer)
-    template = processors.TemplateProcessing(
-        single=f"{starting.bos_token} $A", special_tokens=[(str(starting.bos_token), start)]
-    )
-    present = starting.backend_tokenizer.post_processor
-    starting.backend_tokenizer.post_processor = (
-        template if present is None else processors.Sequence([present, template])
-    )
-    return starting
 
 
 def hub_tasks(name: str, manager: TaskManager, *, num_fewshot: int | None) -> list[Any]:

@@ -13,6 +13,7 @@ from nsa.inspect.page import render_page
 from nsa.inspect.tracing import trace
 from nsa.serve import text as text_models
 from nsa.train.files import write_text
+from nsa.train.tokenizer import start_tokens
 
 
 def inspect_text(
@@ -69,15 +70,13 @@ def tokenize(
 
     Args:
         tokenizer: of the model.
-        text: to encode, without special tokens but the start token if the tokenizer has one.
+        text: to encode, without special tokens but the start token if the tokenizer adds it.
         max_tokens: of the result.
 
     Returns:
         Token ids and pieces, equally many.
     """
-    start: list[int] = []
-    if isinstance(tokenizer.bos_token_id, int):
-        start = [tokenizer.bos_token_id]
+    start = start_tokens(tokenizer)
     options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
     if not tokenizer.is_fast:
         ids = tokenizer(text, **options)["input_ids"][: max_tokens - len(start)]

@@ -114,5 +114,5 @@ def save_error(error: Exception, *, step: int, run_dir: Path) -> CheckpointError
     safe = f"{kept} is intact" if kept else "there is no earlier checkpoint"
     return CheckpointError(
         f"could not save the checkpoint of step {step} in {run_dir}: {cause}; {safe}. "
-        "Free some space, then go on with --resume."
+        "Free some space, then resume the run."
     )

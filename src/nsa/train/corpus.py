@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nsa.train.documents import Document, read_documents
 from nsa.train.files import sync_folder, write_text
-from nsa.train.tokenizer import encode_documents
+from nsa.train.tokenizer import encode_documents, start_tokens
 
 # Characters handed to the tokenizer at once: enough for its threads, little enough for any memory.
 _BATCH_CHARS = 4_000_000
@@ -98,7 +98,7 @@ def build_corpus(
 
 
 def _fingerprint(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, text_field: str) -> str:
-    parts: list[object] = [text_field, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    parts: list[object] = [text_field, start_tokens(tokenizer), tokenizer.eos_token_id]
     for path in files:
         stat = path.stat()
         parts.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])

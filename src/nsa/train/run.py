@@ -195,9 +195,7 @@ def _finish(trainer: NSATrainer, stop: StopOnSignal, console: Console) -> TrainR
         console.print(f"Done. Model: {model_dir}", markup=False)
     else:
         saved = run_dir / f"checkpoint-{state.global_step}"
-        console.print(
-            f"Stopped. Saved {saved}; go on with the same command and --resume.", markup=False
-        )
+        console.print(f"Stopped. Saved {saved}.", markup=False)
     return TrainResult(
         output_dir=run_dir,
         model_dir=model_dir,
@@ -288,8 +286,8 @@ def _check_same_settings(config: TrainConfig, run_dir: Path) -> None:
     ]
     if changed:
         raise ValueError(
-            f"--resume: the run in {run_dir} was made with other settings: {', '.join(changed)}. "
-            "Set them back, or choose another training.output_dir."
+            f"{run_dir}: the run in it was made with other settings: {', '.join(changed)}. "
+            "Set them back, or choose another folder."
         )
 
 
@@ -306,8 +304,8 @@ def _check_same_data(digests: Mapping[str, str], run_dir: Path) -> None:
     changed = [f"data.{name}" for name in before if digests.get(name) != before[name]]
     if changed:
         raise ValueError(
-            f"--resume: the text of {', '.join(changed)} is not what the run in {run_dir} began "
-            "with. Put the files back, or choose another training.output_dir."
+            f"{run_dir}: the text of {', '.join(changed)} is not what the run in it began with. "
+            "Put the files back, or choose another folder."
         )
 
 

@@ -5,10 +5,11 @@ Not a tokenizer implementation: the work is done by the ``tokenizers`` library.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
@@ -31,7 +32,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
 
     Returns:
         A tokenizer with ``<|endoftext|>`` as start and end of a document and ``<|padding|>`` for
-        padding.
+        padding. It begins every text with the start token, as documents begin in training.
 
     Raises:
         ValueError: ``vocab_size`` is below 258, or there is no text.
@@ -39,7 +40,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     Example:
         >>> tokenizer = train_tokenizer(["to be or not to be"] * 10, vocab_size=270)
         >>> tokenizer.decode(tokenizer.encode("not to be"))
-        'not to be'
+        '<|endoftext|>not to be'
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(
@@ -59,23 +60,25 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     tokenizer.train_from_iterator(taken, trainer=trainer)
     if not taken.num_chars:
         raise ValueError("tokenizer: expected text to train on, got none. Check data.train.")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=PADDING,
-        clean_up_tokenization_spaces=False,
+    return with_start_token(
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            bos_token=END_OF_TEXT,
+            eos_token=END_OF_TEXT,
+            pad_token=PADDING,
+            clean_up_tokenization_spaces=False,
+        )
     )
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a folder or, where there is a network, from the Hugging Face Hub.
+    """Loads a tokenizer to train with, from a folder or from the Hugging Face Hub.
 
     Args:
         path: folder with ``tokenizer.json``, or a name on the Hub.
 
     Returns:
-        The tokenizer.
+        The tokenizer, see :func:`with_start_token`.
 
     Raises:
         ValueError: nothing loadable there, or it has no end-of-text token.
@@ -93,13 +96,50 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"tokenizer: expected an end-of-text token (eos_token) in {str(path)!r}, found none. "
             "Add one, since documents are closed with it."
         )
-    return tokenizer
+    return with_start_token(tokenizer)
+
+
+def with_start_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer that begins every text with its start token.
+
+    Saved with a model, it lets every program that reads a prompt (``generate``, lm-eval, a server)
+    begin where the training documents began.
+
+    Args:
+        tokenizer: stays as it is.
+
+    Returns:
+        A copy, or ``tokenizer`` itself where it does so already, has no start token, or is not a
+        fast one.
+    """
+    start = tokenizer.bos_token_id
+    if not isinstance(start, int) or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer
+    if start_tokens(tokenizer):
+        return tokenizer
+    starting = copy.deepcopy(tokenizer)
+    name = str(starting.bos_token)
+    template = processors.TemplateProcessing(
+        single=f"{name} $A", pair=f"{name} $A $B:1", special_tokens=[(name, start)]
+    )
+    present = starting.backend_tokenizer.post_processor
+    starting.backend_tokenizer.post_processor = (
+        template if present is None else processors.Sequence([present, template])
+    )
+    return starting
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The start token if ``tokenizer`` begins texts with it, else nothing."""
+    start = tokenizer.bos_token_id
+    begins = isinstance(start, int) and tokenizer("a")["input_ids"][:1] == [start]
+    return [start] if begins else []
 
 
 def encode_documents(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> Iterator[list[int]]:
-    """Encodes whole documents: start token (where the tokenizer has one), text, end token.
+    """Encodes whole documents: start token (see :func:`start_tokens`), text, end token.
 
     Text that spells a special token is encoded as plain text, so that a document cannot close
     itself.
@@ -111,9 +151,8 @@ def encode_documents(
     Yields:
         Token ids, one list per document.
     """
-    start, end = (
-        [i] if isinstance(i, int) else [] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    )
+    start = start_tokens(tokenizer)
+    end = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
     encoded = tokenizer(
         list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
     )
