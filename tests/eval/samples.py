@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from nsa.eval.haystack import Haystack
 from nsa.train.tokenizer import train_tokenizer
@@ -26,7 +26,7 @@ def prose(num_sentences: int, seed: int = 0) -> str:
 
 
 @functools.cache
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerBase:
     return train_tokenizer([prose(100)], vocab_size=320)
 
 

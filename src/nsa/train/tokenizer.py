@@ -22,7 +22,7 @@ MIN_VOCAB_SIZE = 258
 TRAIN_TEXT_CHARS = 100_000_000
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerBase:
     """Trains byte-level BPE, so that every string can be encoded and decodes to itself.
 
     Args:
@@ -132,8 +132,9 @@ def with_start_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The start token if ``tokenizer`` begins texts with it, else nothing."""
     start = tokenizer.bos_token_id
-    begins = isinstance(start, int) and tokenizer("a")["input_ids"][:1] == [start]
-    return [start] if begins else []
+    if isinstance(start, int) and tokenizer("a")["input_ids"][:1] == [start]:
+        return [start]
+    return []
 
 
 def encode_documents(
