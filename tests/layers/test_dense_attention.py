@@ -30,6 +30,19 @@ def test_causal_grouped_attention():
     assert torch.allclose(module(x, cos, sin), by_hand(module, x, cos, sin, visible))
 
 
+def test_logits_are_products_of_the_queries_and_keys():
+    module, x, cos, sin = inputs(9)
+    q, k = module.queries_and_keys(x, cos, sin)
+    assert (q.shape, k.shape) == ((2, 9, 4, 8), (2, 9, 2, 8))
+    expected = rotate(module.k_norm(module.k_proj(x).unflatten(-1, (2, 8))), cos, sin)
+    assert torch.equal(k, expected)
+    v = module.v_proj(x).unflatten(-1, (2, 6)).repeat_interleave(2, dim=2)
+    logits = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, dim=2)) / 8**0.5
+    visible = torch.ones(9, 9, dtype=torch.bool).tril()
+    o = logits.masked_fill(~visible, -torch.inf).softmax(-1) @ v.transpose(1, 2)
+    assert torch.allclose(module(x, cos, sin), module.o_proj(o.transpose(1, 2).flatten(-2)))
+
+
 def test_a_mask_replaces_causality():
     module, x, cos, sin = inputs(7)
     visible = torch.rand(7, 7) > 0.5

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from nsa.config import NSAConfig
 from nsa.inspect.measure import LayerTrace, measure_layer
 from nsa.layers import DenseAttention, NativeSparseAttention
-from nsa.layers.rotary import rotate
 
 Attention = TypeVar("Attention", bound=nn.Module)
 
@@ -151,9 +150,8 @@ def _dense_layers(
     found: dict[int, tuple[Tensor, Tensor, float]] = {}
 
     def keep(layer: int, attention: DenseAttention, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-        q = attention.q_norm(attention.q_proj(x).unflatten(-1, (attention.num_heads, -1)))
-        k = attention.k_norm(attention.k_proj(x).unflatten(-1, (attention.num_kv_heads, -1)))
-        found[layer] = rotate(q, cos, sin), rotate(k, cos, sin), q.shape[-1] ** -0.5
+        q, k = attention.queries_and_keys(x, cos, sin)
+        found[layer] = q, k, q.shape[-1] ** -0.5
 
     _run(twin, ids, {layer: attentions[layer] for layer in wanted}, keep)
     return found

@@ -78,10 +78,8 @@ class DenseAttention(nn.Module):
         Returns:
             ``[batch, seq, hidden_size]``.
         """
+        q, k = self.queries_and_keys(hidden_states, cos, sin)
         v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, -1))
-        q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)))
-        k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, -1)))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if update is not None:
             k, v = update(k, v)
@@ -91,6 +89,19 @@ class DenseAttention(nn.Module):
             pieces = zip(*[x.split(lengths, dim=2) for x in (q, k, v)], strict=True)
             o = torch.cat([_attend(a, b, c, None) for a, b, c in pieces], dim=2)
         return self.o_proj(o.transpose(1, 2).flatten(-2))
+
+    def queries_and_keys(
+        self, hidden_states: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the logits are products of; arguments as in ``forward``.
+
+        Returns:
+            Queries ``[batch, seq, num_heads, head_dim]`` and keys ``[batch, seq, num_kv_heads,
+            head_dim]``, normed and rotated.
+        """
+        q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)))
+        k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, -1)))
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
