@@ -28,6 +28,12 @@ def test_providers_on_the_cpu_are_right(provider, operation, mode):
     assert 0 <= error < 1e-5
 
 
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_means_are_checked_as_means(mode):
+    error = check(REFERENCE, "pipeline", mode, TINY, "local", torch.float32, CPU, "mean")
+    assert 0 <= error < 1e-5
+
+
 def broken(operation, change):
     """The reference with one operation's outputs changed."""
     right = REFERENCE.operations[operation]

@@ -70,3 +70,21 @@ def test_bytes_are_inputs_and_outputs_and_in_the_backward_their_gradients():
     o = (torch.empty_like(tensors["q"]),)
     assert num_bytes("window_attention", "forward", TINY, tensors, o) == q + k + v + q
     assert num_bytes("window_attention", "backward", TINY, tensors, o) == 2 * (q + k + v) + 2 * q
+
+
+def test_a_mean_costs_an_addition_for_each_value_and_has_no_weights_to_read():
+    blocks = TINY.config.num_compressed(200) * TINY.num_kv_heads
+    mean = num_flops("compress_kv", "forward", TINY, 200, "mean")
+    assert mean == blocks * TINY.config.compress_block_size * (TINY.key_dim + TINY.value_dim)
+    assert mean < num_flops("compress_kv", "forward", TINY, 200, "mlp") / 10
+    sizes = [
+        num_bytes(
+            "compress_kv",
+            "backward",
+            TINY,
+            make_tensors(TINY, 64, "random", torch.float32, CPU, kind),
+            (),
+        )
+        for kind in ("mean", "mlp")
+    ]
+    assert sizes[0] < sizes[1]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nsa.bench.correctness import with_leaves
-from nsa.bench.operations import OPERATIONS
+from nsa.bench.operations import OPERATIONS, share
 from nsa.bench.shapes import SHAPES
 from nsa.bench.workloads import add_selection, make_tensors
 from nsa.ops import __all__ as public
@@ -33,3 +33,18 @@ def test_an_operation_reads_what_it_says_and_its_leaves_all_get_gradients(name, 
     for leaf in entry.leaves:
         assert ready[leaf].grad is not None, leaf
         assert ready[leaf].grad.abs().sum() > 0, leaf
+
+
+def test_the_shared_pipeline_has_one_pair_of_keys_and_values_and_whole_blocks(tensors):
+    viewed, config = share(tensors, TINY.config)
+    assert config.compress_block_size == config.compress_stride == config.block_size
+    for name in ("k_tokens", "k_win"):
+        assert viewed[name] is tensors["k_slc"]
+    (shared,) = OPERATIONS["shared_pipeline"].run(tensors, TINY.config, "reference")
+    (whole,) = OPERATIONS["pipeline"].run(viewed, config, "reference")
+    assert torch.equal(shared, whole)
+
+
+def test_only_compression_varies_with_the_compressor():
+    varying = {name for name, entry in OPERATIONS.items() if len(entry.compressors) > 1}
+    assert varying == {"compress_kv", "pipeline"}

@@ -13,6 +13,7 @@ def rows(**changes):
             "operation": operation,
             "mode": "forward",
             "provider": provider,
+            "compressor": None,
             "workload": "random",
             "seq_len": seq_len,
             "p20_ms": seq_len / 2,

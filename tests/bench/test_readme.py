@@ -15,6 +15,7 @@ def row(**changes):
         "operation": "pipeline",
         "mode": "forward",
         "provider": "reference",
+        "compressor": "mlp",
         "p50_ms": 12.34,
         "quick": False,
         "num_heads": 4,

@@ -17,6 +17,7 @@ def row(**changes):
         "operation": "window_attention",
         "mode": "forward",
         "provider": "sdpa",
+        "compressor": None,
         "p20_ms": 1.0,
         "p50_ms": 2.0,
         "p80_ms": 4.0,

@@ -37,7 +37,7 @@ def test_a_plan_narrows_to_what_is_asked_for():
 def test_on_cuda_the_reference_is_measured_only_if_asked_for():
     cuda = torch.device("cuda")
     providers = {case.provider for case in Plan(device=cuda).cases()}
-    assert providers == {"kernel", "sdpa", "cudnn", "flash"}
+    assert providers - {"fla"} == {"kernel", "sdpa", "cudnn", "flash", "flex"}
     asked = Plan(device=cuda, providers=("reference",), operations=("pipeline",)).cases()
     assert {case.provider for case in asked} == {"reference"}
 
@@ -50,8 +50,11 @@ def test_lengths_that_a_provider_cannot_do_are_left_out():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"compressors": ("gated",)}, "compressor: expected one of mlp, mean, got 'gated'"),
         ({"operations": ("windows",)}, "operation: expected one of compress_kv, .*, got 'windows'"),
-        ({"providers": ("fla",)}, "provider: expected one of reference, .*, got 'fla'"),
+        ({"providers": ("flax",)}, "provider: expected one of reference, .*, got 'flax'"),
+        ({"workloads": ("trace:a", "trace:b")}, "workload: expected at most one trace:FILE"),
+        ({"workloads": ("trace:a",), "shape": "tiny"}, "workload: expected .* no shape"),
         ({"modes": ("both",)}, "mode: expected one of forward, backward, got 'both'"),
         ({"workloads": ("iid",)}, "workload: expected one of random, local, got 'iid'"),
         ({"shape": "big"}, "shape: expected one of tiny, laptop, .*, got 'big'"),
@@ -82,6 +85,40 @@ def test_a_row_has_the_case_numbers_and_provenance():
         json.dumps(row)
 
 
+def test_both_compressors_are_measured_where_they_make_a_difference():
+    asked = plan(operations=("pipeline", "nsa_attention", "shared_pipeline"), modes=("forward",))
+    kinds = {(case.operation, case.compressor) for case in asked.cases()}
+    assert kinds == {
+        ("pipeline", "mlp"),
+        ("pipeline", "mean"),
+        ("nsa_attention", None),
+        ("shared_pipeline", "mean"),
+    }
+    one = plan(operations=("pipeline",), compressors=("mean",)).cases()
+    assert {case.compressor for case in one} == {"mean"}
+
+
+def test_a_row_says_which_compressor_and_which_geometry():
+    asked = plan(
+        operations=("pipeline", "shared_pipeline"),
+        workloads=("local",),
+        modes=("backward",),
+        compressors=("mean",),
+    )
+    whole, shared = measure(asked, asked.cases())
+    assert whole["compressor"] == shared["compressor"] == "mean"
+    assert whole["geometry"] == [16, 8, 16, 8, 1, 2, 64]
+    assert shared["geometry"] == [16, 16, 16, 8, 1, 2, 64]
+
+
+def test_a_case_is_checked_once_for_all_lengths(monkeypatch):
+    checks = []
+    monkeypatch.setattr(run, "check", lambda *args: checks.append(args) or 0.0)
+    asked = plan(operations=("window_attention",), providers=("reference",), seq_lens=(64, 96))
+    assert len(list(measure(asked, asked.cases()))) == 8
+    assert len(checks) == 4
+
+
 def failing(error):
     def check(provider, operation, mode, *_):
         if provider.name == "sdpa":
@@ -97,6 +134,7 @@ def failing(error):
         pytest.param(WrongResultError("off by one"), "wrong result: off by one", id="wrong"),
         pytest.param(NotImplementedError("no kernel"), "not offered: no kernel", id="missing"),
         pytest.param(torch.OutOfMemoryError(), "out of memory", id="memory"),
+        pytest.param(RuntimeError("No kernel.\nMore"), "failed: No kernel.", id="refused"),
     ],
 )
 def test_a_provider_with_a_problem_gets_no_numbers(monkeypatch, tmp_path, error, problem):

@@ -17,4 +17,14 @@ def test_the_paper_shape_is_the_papers():
     heads = (shape.num_heads, shape.num_kv_heads, shape.key_dim, shape.value_dim)
     assert heads == (64, 4, 192, 128)
     assert shape.config == NSAConfig.paper()
-    assert max(shape.seq_lens) == 65536
+    assert 65536 in shape.seq_lens
+
+
+def test_groups_share_the_query_heads():
+    for size in (1, 2, 4, 8):
+        shape = SHAPES[f"group-{size}"]
+        assert (shape.num_heads, shape.num_heads // shape.num_kv_heads) == (32, size)
+
+
+def test_the_longest_shape_has_a_million_tokens():
+    assert SHAPES["million"].seq_lens == (2**20,)

@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from nsa.bench.shapes import SHAPES
-from nsa.bench.workloads import add_selection, correlate, make_tensors, overlap
+from nsa.bench.workloads import (
+    add_selection,
+    correlate,
+    make_tensors,
+    overlap,
+    run_compress,
+)
+from nsa.layers.rotary import rotate
 
 CPU = torch.device("cpu")
 
@@ -44,6 +51,34 @@ def test_local_queries_choose_mostly_the_blocks_of_their_neighbours():
         )
     assert shares["local"] > 0.85
     assert shares["random"] < shares["local"] - 0.2
+
+
+def test_the_mean_compressor_has_no_weights_and_the_same_data():
+    shape = SHAPES["tiny"]
+    mlp, mean = (
+        make_tensors(shape, 40, "local", torch.float32, CPU, kind) for kind in ("mlp", "mean")
+    )
+    assert set(mlp) - set(mean) == {f"{x}_{side}" for x in ("pe", "w1", "w2") for side in "kv"}
+    for name in mean:
+        assert torch.equal(mlp[name], mean[name]), name
+    k_cmp, _ = run_compress(mean, shape.config, "reference")
+    block, stride = shape.config.compress_block_size, shape.config.compress_stride
+    expected = mean["k_tokens"][:, stride : stride + block].mean(1)
+    torch.testing.assert_close(k_cmp[:, 1], expected)
+
+
+def test_compressed_keys_are_rotated_where_the_angles_are_given():
+    shape = SHAPES["tiny"]
+    tensors = make_tensors(shape, 60, "local", torch.float32, CPU)
+    plain, _ = run_compress(tensors, shape.config, "reference")
+    angle = torch.rand(1, 9, 16).repeat(1, 1, 2)
+    turned, _ = run_compress(
+        {**tensors, "cos_cmp": angle.cos(), "sin_cmp": angle.sin()}, shape.config, "reference"
+    )
+    count = plain.shape[1]
+    torch.testing.assert_close(
+        turned, rotate(plain, angle.cos()[:, :count], angle.sin()[:, :count])
+    )
 
 
 @pytest.mark.parametrize(

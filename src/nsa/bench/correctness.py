@@ -14,7 +14,7 @@ from nsa import reference
 from nsa.bench.operations import OPERATIONS
 from nsa.bench.providers import Outputs, Provider
 from nsa.bench.shapes import Shape
-from nsa.bench.workloads import Tensors, add_selection, make_tensors
+from nsa.bench.workloads import Tensors, add_selection, make_tensors, present
 from nsa.config import NSAConfig
 from nsa.ops import window_attention
 
@@ -47,6 +47,7 @@ def check(
     workload: str,
     dtype: torch.dtype,
     device: torch.device,
+    compressor: str = "mlp",
 ) -> float:
     """Compares one operation with the oracle.
 
@@ -59,7 +60,7 @@ def check(
     with_grad = mode == "backward"
 
     def compare(length: int, with_grad: bool) -> tuple[Tensors, Outputs, Outputs]:
-        tensors = make_tensors(shape, length, workload, dtype, device)
+        tensors = make_tensors(shape, length, workload, dtype, device, compressor)
         tensors = add_selection(tensors, shape.config, provider.backend)
         exact = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
         leaves = OPERATIONS[operation].leaves
@@ -117,13 +118,14 @@ def _run(
     if not with_grad:
         return outputs
     grads = [output_gradient(x) for x in outputs]
-    gradients = torch.autograd.grad(outputs, [tensors[name] for name in leaves], grads)
+    gradients = torch.autograd.grad(outputs, present(leaves, tensors), grads)
     return *(x.detach() for x in outputs), *gradients
 
 
 def with_leaves(tensors: Tensors, leaves: tuple[str, ...]) -> Tensors:
     """The same tensors, those named ready to receive gradients."""
-    return tensors | {name: tensors[name].detach().requires_grad_() for name in leaves}
+    ready = {name: tensors[name].detach().requires_grad_() for name in leaves if name in tensors}
+    return {**tensors, **ready}
 
 
 def output_gradient(output: Tensor) -> Tensor:

@@ -14,21 +14,31 @@ from torch import Tensor
 
 from nsa.bench.operations import OPERATIONS
 from nsa.bench.shapes import Shape
-from nsa.bench.workloads import Tensors
+from nsa.bench.workloads import Tensors, present
 from nsa.config import NSAConfig
 
 
-def num_flops(operation: str, mode: str, shape: Shape, seq_len: int) -> int:
-    """Floating point operations of one call."""
+def num_flops(
+    operation: str, mode: str, shape: Shape, seq_len: int, compressor: str | None = "mlp"
+) -> int:
+    """Floating point operations of one call.
+
+    Args:
+        operation: name in ``OPERATIONS``.
+        mode: "forward" or "backward".
+        shape: with the geometry that the operation runs with.
+        seq_len: tokens.
+        compressor: "mlp" with as many hidden units as the head is wide, or "mean".
+    """
     if operation == "select_blocks":
         return 2 * visible_pairs("compressed", shape, seq_len) * shape.num_heads * shape.key_dim
     if operation == "compress_kv":
-        return _compress_flops(mode, shape, seq_len)
-    if operation in ("nsa_attention", "pipeline"):
+        return _compress_flops(mode, shape, seq_len, compressor)
+    if operation in ("nsa_attention", "pipeline", "shared_pipeline"):
         parts = ["compressed_attention", "selected_attention", "window_attention"]
         parts += ["select_blocks"] if mode == "forward" else []
-        parts += ["compress_kv"] if operation == "pipeline" else []
-        return sum(num_flops(part, mode, shape, seq_len) for part in parts)
+        parts += ["compress_kv"] if operation != "nsa_attention" else []
+        return sum(num_flops(part, mode, shape, seq_len, compressor) for part in parts)
     if operation == "nsa_decode":
         keys = sum(_last_query(branch, shape, seq_len) for branch in BRANCHES)
         scores = _last_query("compressed", shape, seq_len) * shape.key_dim
@@ -55,11 +65,11 @@ def num_bytes(
         keys = sum(_last_query(branch, shape, seq_len) for branch in branches)
         item_bytes = tensors["q"].element_size()
         return keys * shape.num_kv_heads * (shape.key_dim + shape.value_dim) * item_bytes
-    reads = sum(tensors[name].nbytes for name in entry.reads)
+    reads = sum(x.nbytes for x in present(entry.reads, tensors))
     made = sum(x.nbytes for x in outputs)
     if mode == "forward":
         return reads + made
-    return reads + 2 * made + sum(tensors[name].nbytes for name in entry.leaves)
+    return reads + 2 * made + sum(x.nbytes for x in present(entry.leaves, tensors))
 
 
 BRANCHES = ("compressed", "selected", "window")
@@ -91,9 +101,10 @@ def _visible(branch: str, config: NSAConfig, position: Tensor) -> Tensor:
     return others * config.block_size + position % config.block_size + 1
 
 
-def _compress_flops(mode: str, shape: Shape, seq_len: int) -> int:
-    """The "mlp" compressor with as many hidden units as the head is wide."""
+def _compress_flops(mode: str, shape: Shape, seq_len: int, compressor: str | None) -> int:
     blocks = shape.config.num_compressed(seq_len) * shape.num_kv_heads
+    if compressor == "mean":
+        return blocks * shape.config.compress_block_size * (shape.key_dim + shape.value_dim)
     first, second = (1, 1) if mode == "forward" else (3, 2)
     size = shape.config.compress_block_size
     per_block = sum(

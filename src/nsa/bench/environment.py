@@ -23,6 +23,7 @@ from nsa.bench.correctness import with_leaves
 from nsa.bench.operations import MODES, OPERATIONS
 from nsa.bench.shapes import SHAPES
 from nsa.bench.workloads import add_selection, make_tensors
+from nsa.eval.provenance import commit
 from nsa.ops.backend import resolve_backend
 
 LIBRARIES = ("torch", "triton", "transformers", "accelerate", "tokenizers", "datasets", "lm-eval")
@@ -44,7 +45,7 @@ class Route(NamedTuple):
 
 def provenance(device: torch.device) -> dict[str, object]:
     """Where a measurement came from: machine, versions, commit, command and time."""
-    commit, dirty = _commit()
+    name, dirty = _commit()
     return {
         "device": device_name(device),
         "driver": _driver() if device.type == "cuda" else None,
@@ -54,7 +55,7 @@ def provenance(device: torch.device) -> dict[str, object]:
         "nsa": nsa.__version__,
         "torch": torch.__version__,
         "triton": version("triton"),
-        "commit": commit,
+        "commit": name,
         "dirty": dirty,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -94,7 +95,7 @@ def routes(device: torch.device) -> list[Route]:
     forced = os.environ.get("NSA_BACKEND")
     rows = []
     for name, entry in OPERATIONS.items():
-        if entry.run is None or name == "pipeline":
+        if entry.run is None or not hasattr(ops, name):
             continue
         runs, why = backend, f"NSA_BACKEND={forced}" if forced else f"tensors on {device.type}"
         if "backend" not in inspect.signature(getattr(ops, name)).parameters:
@@ -151,13 +152,11 @@ def _commit() -> tuple[str | None, bool | None]:
 
     Nothing where the package is installed, even if that is inside some other repository.
     """
-    package = Path(nsa.__file__).parent
-    git = ["git", "-C", str(package)]
-    root = _first_line([*git, "rev-parse", "--show-toplevel"])
-    if root is None or Path(root) / "src" / "nsa" != package:
+    found = commit(Path(nsa.__file__).parent)
+    if found is None:
         return None, None
-    changed = _first_line([*git, "status", "--porcelain", "--untracked-files=no"])
-    return _first_line([*git, "rev-parse", "HEAD"]), changed is not None
+    name, _, dirty = found.partition("+")
+    return name, bool(dirty)
 
 
 def _first_line(command: list[str]) -> str | None:

@@ -1,18 +1,26 @@
 """The operations that are measured: what each reads, what gets a gradient, and how to call it.
 
 ``pipeline`` is everything between the projections of a layer: compression and ``nsa_attention``.
-Rotating the compressed keys is left out; it is one elementwise pass over a sixteenth of the keys.
+Rotating the compressed keys is left out but for traces; it is one elementwise pass over a sixteenth
+of the keys. ``shared_pipeline`` is a smaller thing that other implementations offer too: one pair
+of keys and values for all branches, and blocks of ``block_size`` tokens compressed by their mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nsa.bench.workloads import Tensors, run_compress
+from nsa.bench.workloads import (
+    COMPRESSORS,
+    WEIGHTS,
+    Tensors,
+    run_compress,
+    without_weights,
+)
 from nsa.config import NSAConfig
 from nsa.ops import (
     compressed_attention,
@@ -34,8 +42,11 @@ class Operation:
 
     Args:
         reads: names of the tensors it takes, see ``nsa.bench.workloads``.
-        leaves: those of them that get a gradient; none if there is no backward.
+        leaves: those of them that get a gradient; none if there is no backward. Weights are there
+            only for compressors that have them.
         selects: whether its output depends on a choice of blocks that it makes itself.
+        compressors: kinds of compressor it is measured with; None where that makes no difference.
+        view: what the inputs and the geometry become before it runs.
         run: calls the package's operation with a backend; None for operations that only others
             provide.
     """
@@ -43,6 +54,8 @@ class Operation:
     reads: tuple[str, ...]
     leaves: tuple[str, ...] = ()
     selects: bool = False
+    compressors: tuple[str | None, ...] = (None,)
+    view: Callable[[Tensors, NSAConfig], tuple[Tensors, NSAConfig]] = lambda x, config: (x, config)
     run: Run | None = None
 
     @property
@@ -91,6 +104,20 @@ def _pipeline(x: Tensors, config: NSAConfig, backend: str) -> tuple[Tensor, ...]
     return _nsa({**x, "k_cmp": k_cmp, "v_cmp": v_cmp}, config, backend)
 
 
+def share(x: Tensors, config: NSAConfig) -> tuple[Tensors, NSAConfig]:
+    """One pair of keys and values for all branches; whole blocks compressed by their mean."""
+    shared = {f"{side}_{branch}": x[f"{side}_slc"] for side in "kv" for branch in ("tokens", "win")}
+    size = config.block_size
+    return (
+        {**without_weights(x), **shared},
+        replace(config, compress_block_size=size, compress_stride=size),
+    )
+
+
+def _shared_pipeline(x: Tensors, config: NSAConfig, backend: str) -> tuple[Tensor, ...]:
+    return _pipeline(*share(x, config), backend)
+
+
 def _decode(x: Tensors, config: NSAConfig, _backend: str) -> tuple[Tensor, ...]:
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = (x[name] for name in NSA_READS)
     seq_lens = torch.tensor([q.shape[1]], device=q.device)
@@ -101,14 +128,20 @@ def _decode(x: Tensors, config: NSAConfig, _backend: str) -> tuple[Tensor, ...]:
     return (o,)
 
 
-WEIGHTS = tuple(f"{weight}_{side}" for side in ("k", "v") for weight in ("pe", "w1", "w2"))
 BRANCHES = ("k_slc", "v_slc", "k_win", "v_win")
-COMPRESS_READS = ("k_tokens", "v_tokens", *WEIGHTS)
+COMPRESS_READS = (
+    "k_tokens",
+    "v_tokens",
+    *(f"{weight}_{side}" for side in ("k", "v") for weight in WEIGHTS),
+)
 NSA_READS = ("q", "k_cmp", "v_cmp", *BRANCHES, "gates")
 PIPELINE_READS = ("q", *COMPRESS_READS, *BRANCHES, "gates")
+SHARED_READS = ("q", "k_slc", "v_slc", "gates")
 
 OPERATIONS = {
-    "compress_kv": Operation(reads=COMPRESS_READS, leaves=COMPRESS_READS, run=run_compress),
+    "compress_kv": Operation(
+        reads=COMPRESS_READS, leaves=COMPRESS_READS, compressors=COMPRESSORS, run=run_compress
+    ),
     "compressed_attention": Operation(
         reads=("q", "k_cmp", "v_cmp"), leaves=("q", "k_cmp", "v_cmp"), run=_compressed
     ),
@@ -122,7 +155,21 @@ OPERATIONS = {
         reads=("q", "k_win", "v_win"), leaves=("q", "k_win", "v_win"), run=_window
     ),
     "nsa_attention": Operation(reads=NSA_READS, leaves=NSA_READS, selects=True, run=_nsa),
-    "pipeline": Operation(reads=PIPELINE_READS, leaves=PIPELINE_READS, selects=True, run=_pipeline),
+    "pipeline": Operation(
+        reads=PIPELINE_READS,
+        leaves=PIPELINE_READS,
+        selects=True,
+        compressors=COMPRESSORS,
+        run=_pipeline,
+    ),
+    "shared_pipeline": Operation(
+        reads=SHARED_READS,
+        leaves=SHARED_READS,
+        selects=True,
+        compressors=("mean",),
+        view=share,
+        run=_shared_pipeline,
+    ),
     "nsa_decode": Operation(reads=NSA_READS, selects=True, run=_decode),
     "dense_attention": Operation(reads=("q", "k_slc", "v_slc"), leaves=("q", "k_slc", "v_slc")),
     "dense_decode": Operation(reads=("q", "k_slc", "v_slc")),

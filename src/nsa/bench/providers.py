@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from nsa.bench import fla_attention, flex_attention
 from nsa.bench.operations import OPERATIONS, Operation
 from nsa.bench.workloads import Tensors
 from nsa.config import NSAConfig
@@ -153,6 +154,25 @@ PROVIDERS = {
             devices=("cuda",),
             backend="reference",
             operations=_dense(SDPBackend.FLASH_ATTENTION),
+        ),
+        Provider(
+            name="flex",
+            about="torch FlexAttention with block masks, compiled",
+            devices=("cuda",),
+            backend="kernel",
+            operations={
+                "compressed_attention": flex_attention.compressed,
+                "selected_attention": flex_attention.selected,
+                "window_attention": flex_attention.window,
+                "dense_attention": flex_attention.dense,
+            },
+        ),
+        Provider(
+            name="fla",
+            about="flash-linear-attention's parallel_nsa, if fla is installed",
+            devices=("cuda",) if fla_attention.AVAILABLE else (),
+            backend="kernel",
+            operations={"shared_pipeline": fla_attention.shared_pipeline},
         ),
     )
 }

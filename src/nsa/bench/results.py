@@ -14,6 +14,7 @@ Row = dict[str, Any]
 
 # What makes two measurements the same one, so that the later replaces the earlier in tables.
 KEY = ("device", "dtype", "shape", "seq_len", "workload", "operation", "mode", "provider")
+KEY += ("compressor",)
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
@@ -79,6 +80,8 @@ WIDE = 136
 
 def _cells(row: Row) -> dict[str, str]:
     cells = {name: row[name] for name in ("operation", "mode", "provider")}
+    if row["compressor"] is not None:
+        cells["operation"] += f" ({row['compressor']})"
     cells |= {"queries": row["workload"], "tokens": f"{row['seq_len']:,}"}
     if "problem" in row:
         return cells | {"p50 ms": "[red]none"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from nsa.bench import traces
 from nsa.bench.correctness import WrongResultError, check, output_gradient, with_leaves
 from nsa.bench.costs import num_bytes, num_flops
 from nsa.bench.environment import provenance
@@ -19,7 +20,16 @@ from nsa.bench.providers import PROVIDERS
 from nsa.bench.results import WIDE, Row, append, terminal_table
 from nsa.bench.shapes import SHAPES, Shape
 from nsa.bench.timing import Call, peak_memory_bytes, time_call
-from nsa.bench.workloads import WORKLOADS, Tensors, add_selection, make_tensors, overlap
+from nsa.bench.workloads import (
+    COMPRESSORS,
+    TRACE,
+    WORKLOADS,
+    Tensors,
+    add_selection,
+    make_tensors,
+    overlap,
+    present,
+)
 
 DTYPES = {
     "float32": torch.float32,
@@ -30,13 +40,17 @@ DTYPES = {
 
 
 class Case(NamedTuple):
-    """One measurement: names of an operation, a mode, a provider and a workload, and a length."""
+    """One measurement: what is run by whom on which data.
+
+    ``compressor`` is None where the kind of compressor makes no difference.
+    """
 
     operation: str
     mode: str
     provider: str
     seq_len: int
     workload: str
+    compressor: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +68,7 @@ class Plan:
     workloads: tuple[str, ...] = ()
     shape: str | None = None
     seq_lens: tuple[int, ...] = ()
+    compressors: tuple[str, ...] = ()
     dtype: str | None = None
     quick: bool = False
 
@@ -62,19 +77,24 @@ class Plan:
             ("operation", self.operations, OPERATIONS),
             ("provider", self.providers, PROVIDERS),
             ("mode", self.modes, MODES),
-            ("workload", self.workloads, WORKLOADS),
+            ("workload", self._drawn(), WORKLOADS),
+            ("compressor", self.compressors, COMPRESSORS),
             ("shape", (self.shape,) if self.shape else (), SHAPES),
             ("dtype", (self.dtype,) if self.dtype else (), DTYPES),
         ):
             for name in names:
                 if name not in known:
                     raise ValueError(f"{field}: expected one of {', '.join(known)}, got {name!r}.")
+        if len(self.workloads) - len(self._drawn()) > 1 or (self.shape and self._trace()):
+            raise ValueError(
+                "workload: expected at most one trace:FILE, and then no shape: the file has its "
+                f"own. Got {', '.join(self.workloads)} and shape {self.shape}."
+            )
         for name in self.providers:
-            if self.device.type not in PROVIDERS[name].devices:
-                raise ValueError(
-                    f"provider: {name} runs on {', '.join(PROVIDERS[name].devices)}, but the "
-                    f"device is {self.device}."
-                )
+            devices = PROVIDERS[name].devices
+            if self.device.type not in devices:
+                where = f"runs on {', '.join(devices)}" if devices else "is not installed"
+                raise ValueError(f"provider: {name} {where}, but the device is {self.device}.")
         for seq_len in self.seq_lens:
             if seq_len < self.resolve_shape().config.compress_block_size:
                 raise ValueError(
@@ -82,8 +102,17 @@ class Plan:
                     f"{self.resolve_shape().config.compress_block_size} tokens, got {seq_len}."
                 )
 
+    def _drawn(self) -> tuple[str, ...]:
+        return tuple(name for name in self.workloads if not name.startswith(TRACE))
+
+    def _trace(self) -> str | None:
+        """The file of a trace, if one is asked for."""
+        return next((x.removeprefix(TRACE) for x in self.workloads if x.startswith(TRACE)), None)
+
     def resolve_shape(self) -> Shape:
-        """The shape asked for, or a default: tiny if quick, the paper's heads on CUDA."""
+        """The trace's shape, that asked for, or a default: tiny if quick, the paper's on CUDA."""
+        if trace := self._trace():
+            return traces.shape(trace)
         default = "paper-d128" if self.device.type == "cuda" else "laptop"
         return SHAPES[self.shape or ("tiny" if self.quick else default)]
 
@@ -107,10 +136,12 @@ class Plan:
             and not (name == "reference" and self.device.type == "cuda")
         )
         return [
-            Case(operation, mode, provider, seq_len, workload)
+            Case(operation, mode, provider, seq_len, workload, compressor)
             for seq_len in self.seq_lens or (lengths[:1] if self.quick else lengths)
             for workload in workloads
             for operation in self.operations or OPERATIONS
+            for compressor in OPERATIONS[operation].compressors
+            if compressor is None or compressor in (self.compressors or COMPRESSORS)
             for provider in providers
             for mode in OPERATIONS[operation].modes
             if PROVIDERS[provider].offers(operation, seq_len)
@@ -143,7 +174,7 @@ def run_and_report(plan: Plan, output: Path, console: Console) -> bool:
     console.print(terminal_table(rows, console.width))
     for row in rows:
         if "problem" in row:
-            case = " ".join(str(row[name]) for name in Case._fields)
+            case = " ".join(str(row[name]) for name in Case._fields if row[name] is not None)
             console.print(f"{case}: {row['problem']}", style="red", markup=False, soft_wrap=True)
     measured = sum("problem" not in row for row in rows)
     console.print(f"{measured} of {len(rows)} measured, appended to {output}", highlight=False)
@@ -160,62 +191,91 @@ def measure(plan: Plan, cases: Iterable[Case]) -> Iterator[Row]:
     """
     origin = provenance(plan.device)
     shape, dtype = plan.resolve_shape(), plan.resolve_dtype()
+    errors: dict[Case, float] = {}
     for case in cases:
         row: Row = {**case._asdict(), "shape": shape.name, "dtype": dtype, "quick": plan.quick}
+        row["workload"] = case.workload.split(":")[0]
         try:
-            row |= _measure(case, shape, DTYPES[dtype], plan)
+            # The check does not depend on the length.
+            checked = case._replace(seq_len=0)
+            if checked not in errors:
+                errors[checked] = _check(case, shape, DTYPES[dtype], plan.device)
+            row |= {**_measure(case, shape, DTYPES[dtype], plan), "error": errors[checked]}
         except WrongResultError as error:
             row["problem"] = f"wrong result: {error}"
         except NotImplementedError as error:
             row["problem"] = f"not offered: {error}"
         except torch.OutOfMemoryError:
             row["problem"] = "out of memory"
+        except RuntimeError as error:
+            # How kernels of others say that they cannot do a case.
+            row["problem"] = f"failed: {str(error).splitlines()[0]}"
         yield row | origin
 
 
+def _check(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
+    return check(
+        PROVIDERS[case.provider],
+        case.operation,
+        case.mode,
+        shape,
+        case.workload,
+        dtype,
+        device,
+        case.compressor or "mlp",
+    )
+
+
 def _measure(case: Case, shape: Shape, dtype: torch.dtype, plan: Plan) -> Row:
-    provider, device = PROVIDERS[case.provider], plan.device
-    error = check(provider, case.operation, case.mode, shape, case.workload, dtype, device)
-    tensors = make_tensors(shape, case.seq_len, case.workload, dtype, device)
-    blocks = None
-    if OPERATIONS[case.operation].run is not None:
+    provider, entry, device = PROVIDERS[case.provider], OPERATIONS[case.operation], plan.device
+    kind = case.compressor or "mlp"
+    tensors = make_tensors(shape, case.seq_len, case.workload, dtype, device, kind)
+    shown, blocks = shape, None
+    if entry.run is not None:
         tensors = add_selection(tensors, shape.config, provider.backend)
+        viewed, config = entry.view(tensors, shape.config)
+        shown = replace(shape, config=config)
         blocks = tensors["block_indices"]
-    timed, whole, outputs = _calls(case, tensors, shape)
+        if config != shape.config:
+            blocks = add_selection(viewed, config, provider.backend)["block_indices"]
+    share = None if blocks is None else overlap(blocks)
+    memory = peak_memory_bytes(whole_call(case, tensors, shape), device)
+    timed, outputs = timed_call(case, tensors, shape)
     times = time_call(timed, device, repeat_ms=20 if plan.quick else 200)
     return {
         **times._asdict(),
-        "peak_memory_bytes": peak_memory_bytes(whole, device),
-        "flops": num_flops(case.operation, case.mode, shape, case.seq_len),
-        "bytes": num_bytes(case.operation, case.mode, shape, tensors, outputs),
-        "error": error,
-        "overlap": None if blocks is None else overlap(blocks),
+        "peak_memory_bytes": memory,
+        "flops": num_flops(case.operation, case.mode, shown, case.seq_len, kind),
+        "bytes": num_bytes(case.operation, case.mode, shown, tensors, outputs),
+        "overlap": share,
         "num_heads": shape.num_heads,
         "num_kv_heads": shape.num_kv_heads,
         "key_dim": shape.key_dim,
         "value_dim": shape.value_dim,
-        "geometry": list(astuple(shape.config)),
+        "geometry": list(astuple(shown.config)),
     }
 
 
-def _calls(
-    case: Case, tensors: Tensors, shape: Shape
-) -> tuple[Call, Call, tuple[torch.Tensor, ...]]:
-    """What is timed, what is weighed (backward: with its forward), and the outputs."""
+def whole_call(case: Case, tensors: Tensors, shape: Shape) -> Call:
+    """What is weighed: a forward; for the backward, one with its forward."""
+    entry, prepare = OPERATIONS[case.operation], PROVIDERS[case.provider].operations[case.operation]
+    if case.mode == "forward":
+        return torch.no_grad()(prepare(tensors, shape.config))
+    ready = with_leaves(tensors, entry.leaves)
+    forward = prepare(ready, shape.config)
+    with torch.no_grad():
+        grads = [output_gradient(x) for x in forward()]
+    return lambda: torch.autograd.grad(forward(), present(entry.leaves, ready), grads)
+
+
+def timed_call(case: Case, tensors: Tensors, shape: Shape) -> tuple[Call, tuple[torch.Tensor, ...]]:
+    """What is timed: a forward, or a backward whose forward is done; and the outputs."""
     entry, prepare = OPERATIONS[case.operation], PROVIDERS[case.provider].operations[case.operation]
     if case.mode == "forward":
         forward = torch.no_grad()(prepare(tensors, shape.config))
-        return forward, forward, forward()
+        return forward, forward()
     ready = with_leaves(tensors, entry.leaves)
-    leaves = [ready[name] for name in entry.leaves]
-    forward = prepare(ready, shape.config)
-    outputs = forward()
+    outputs = prepare(ready, shape.config)()
     grads = [output_gradient(x) for x in outputs]
-
-    def backward() -> object:
-        return torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
-
-    def both() -> object:
-        return torch.autograd.grad(forward(), leaves, grads)
-
-    return backward, both, outputs
+    leaves = present(entry.leaves, ready)
+    return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True), outputs

@@ -30,7 +30,7 @@ class Shape:
     config: NSAConfig = field(default_factory=NSAConfig.paper)
 
 
-PAPER_LENGTHS = (8192, 16384, 32768, 65536)
+PAPER_LENGTHS = (8192, 16384, 32768, 65536, 131072)
 
 SHAPES = {
     shape.name: shape
@@ -69,6 +69,27 @@ SHAPES = {
             key_dim=192,
             value_dim=128,
             seq_lens=PAPER_LENGTHS,
+        ),
+        # A million tokens, with as many heads as fit one GPU forward and backward.
+        Shape(
+            name="million",
+            num_heads=32,
+            num_kv_heads=2,
+            key_dim=128,
+            value_dim=128,
+            seq_lens=(1 << 20,),
+        ),
+        # The same query heads in groups of any size: fewer share what is read.
+        *(
+            Shape(
+                name=f"group-{size}",
+                num_heads=32,
+                num_kv_heads=32 // size,
+                key_dim=128,
+                value_dim=128,
+                seq_lens=(65536,),
+            )
+            for size in (1, 2, 4, 8)
         ),
     )
 }

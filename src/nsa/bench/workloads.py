@@ -2,8 +2,9 @@
 
 ``random`` draws everything independently: neighbouring queries choose different blocks, the worst
 case for a kernel that loads a block once for several queries. ``local`` lets queries drift slowly
-over time, as those of trained models do, so that neighbours choose mostly the same blocks. Results
-carry the measured overlap.
+over time, as those of trained models do, so that neighbours choose mostly the same blocks.
+``trace:FILE`` is what a layer of a trained model got, see ``nsa.bench.traces``. Results carry the
+measured overlap.
 """
 
 from __future__ import annotations
@@ -11,44 +12,81 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nsa.bench import traces
 from nsa.bench.shapes import Shape
 from nsa.config import NSAConfig
+from nsa.layers.rotary import rotate
 from nsa.ops import CompressorWeights, compress_kv, compressed_attention, select_blocks
 
 WORKLOADS = ("random", "local")
+TRACE = "trace:"  # Before the path of a trace.
 RHO = 0.99  # Correlation of neighbouring queries in the "local" workload.
+COMPRESSORS = ("mlp", "mean")
+WEIGHTS = ("pe", "w1", "w2")  # of a compressor, as ``CompressorWeights`` names them
 
 Tensors = dict[str, Tensor]
 
 
 def make_tensors(
-    shape: Shape, seq_len: int, workload: str, dtype: torch.dtype, device: torch.device
+    shape: Shape,
+    seq_len: int,
+    workload: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    compressor: str = "mlp",
 ) -> Tensors:
-    """Draws what a layer hands to the operations, the same for the same arguments.
+    """What a layer hands to the operations, the same for the same arguments.
 
     Returns:
         ``q``, the keys and values of each branch (``k_tokens``, ``v_tokens`` before compression,
         ``k_slc``, ...), ``gates``, and the weights of both compressors (``pe_k``, ``w1_k``,
-        ``w2_k``, ``pe_v``, ...).
+        ``w2_k``, ``pe_v``, ...) unless the compressor is "mean". A trace adds ``cos_cmp`` and
+        ``sin_cmp``, by which compressed keys are rotated.
     """
+    if workload.startswith(TRACE):
+        tensors = traces.tensors(workload.removeprefix(TRACE), seq_len, dtype, device)
+    else:
+        tensors = _draw(shape, seq_len, workload, dtype, device)
+    return without_weights(tensors) if compressor == "mean" else tensors
+
+
+def present(names: tuple[str, ...], tensors: Tensors) -> list[Tensor]:
+    """Those of the named tensors that there are: some compressors have no weights."""
+    return [tensors[name] for name in names if name in tensors]
+
+
+def without_weights(tensors: Tensors) -> Tensors:
+    """The same without those of the compressors, so that they are means."""
+    weights = {f"{weight}_{side}" for weight in WEIGHTS for side in ("k", "v")}
+    return {name: x for name, x in tensors.items() if name not in weights}
+
+
+def _draw(
+    shape: Shape, seq_len: int, workload: str, dtype: torch.dtype, device: torch.device
+) -> Tensors:
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=generator, device=device)
 
-    tensors = {"q": normal(1, seq_len, shape.num_heads, shape.key_dim)}
+    q = normal(1, seq_len, shape.num_heads, shape.key_dim)
     if workload == "local":
-        tensors["q"] = correlate(tensors["q"], RHO)
+        q = correlate(q, RHO)
+    # Each is narrowed at once: in float32 a million tokens would not fit beside each other.
+    tensors = {"q": q.to(dtype)}
+    del q
     for branch in ("tokens", "slc", "win"):
-        tensors[f"k_{branch}"] = normal(1, seq_len, shape.num_kv_heads, shape.key_dim)
-        tensors[f"v_{branch}"] = normal(1, seq_len, shape.num_kv_heads, shape.value_dim)
-    tensors["gates"] = torch.sigmoid(normal(1, seq_len, shape.num_heads, 3))
+        for side, dim in (("k", shape.key_dim), ("v", shape.value_dim)):
+            tensors[f"{side}_{branch}"] = normal(1, seq_len, shape.num_kv_heads, dim).to(dtype)
+    tensors["gates"] = torch.sigmoid(normal(1, seq_len, shape.num_heads, 3)).to(dtype)
     block = shape.config.compress_block_size
     for side, dim in (("k", shape.key_dim), ("v", shape.value_dim)):
-        tensors[f"pe_{side}"] = 0.02 * normal(shape.num_kv_heads, block, dim)
-        tensors[f"w1_{side}"] = normal(dim, block * dim) / (block * dim) ** 0.5
-        tensors[f"w2_{side}"] = normal(dim, dim) / dim**0.5
-    return {name: x.to(dtype) for name, x in tensors.items()}
+        pe = 0.02 * normal(shape.num_kv_heads, block, dim)
+        w1, w2 = normal(dim, block * dim) / (block * dim) ** 0.5, normal(dim, dim) / dim**0.5
+        tensors |= {
+            f"{name}_{side}": x.to(dtype) for name, x in zip(WEIGHTS, (pe, w1, w2), strict=True)
+        }
+    return tensors
 
 
 def correlate(noise: Tensor, rho: float) -> Tensor:
@@ -84,21 +122,25 @@ def add_selection(tensors: Tensors, config: NSAConfig, backend: str) -> Tensors:
 
 
 def run_compress(tensors: Tensors, config: NSAConfig, backend: str) -> tuple[Tensor, Tensor]:
-    """Both compressed tensors, by the default kind of compressor ("mlp")."""
+    """Both compressed tensors: by the "mlp" compressor, or by "mean" if there are no weights."""
     phi_k, phi_v = (
-        CompressorWeights(*(tensors[f"{weight}_{side}"] for weight in ("pe", "w1", "w2")))
+        CompressorWeights(*(tensors.get(f"{weight}_{side}") for weight in WEIGHTS))
         for side in ("k", "v")
     )
-    return compress_kv(
+    k_cmp, v_cmp = compress_kv(
         tensors["k_tokens"],
         tensors["v_tokens"],
         phi_k,
         phi_v,
-        kind="mlp",
+        kind="mean" if phi_k.w1 is None else "mlp",
         compress_block_size=config.compress_block_size,
         compress_stride=config.compress_stride,
         backend=backend,
     )
+    if "cos_cmp" in tensors:
+        cos, sin = (tensors[name][:, : k_cmp.shape[1]] for name in ("cos_cmp", "sin_cmp"))
+        k_cmp = rotate(k_cmp, cos, sin)
+    return k_cmp, v_cmp
 
 
 def overlap(block_indices: Tensor) -> float | None:
