@@ -155,9 +155,3 @@ PE, LINEAR = torch.zeros(2, 4, 3), torch.zeros(3, 12)
 def test_rejects(arguments, message):
     with pytest.raises(ValueError, match=message):
         _call(**arguments)
-
-
-def test_has_no_kernel_yet():
-    k = torch.randn(1, 9, 2, 3)
-    with pytest.raises(NotImplementedError, match=r"^compress_kv: .*backend='reference'"):
-        compress_kv(k, k, kind="mean", compress_block_size=4, compress_stride=2, backend="kernel")

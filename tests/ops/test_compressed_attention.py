@@ -71,9 +71,3 @@ def test_checks_the_geometry(size, stride):
     q = torch.randn(1, 3, 1, 4)
     with pytest.raises(ValueError, match=rf"expected positive integers.*{size} and {stride}"):
         compressed_attention(q, q, q, compress_block_size=size, compress_stride=stride)
-
-
-def test_has_no_kernel_yet():
-    q, k = torch.randn(1, 4, 1, 4), torch.randn(1, 1, 1, 4)
-    with pytest.raises(NotImplementedError, match=r"^compressed_attention: .*backend='reference'"):
-        compressed_attention(q, k, k, compress_block_size=4, compress_stride=2, backend="kernel")

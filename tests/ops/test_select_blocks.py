@@ -69,8 +69,3 @@ def test_checks_config_and_lse():
         select_blocks(q, k_cmp, lse.double(), config=SMALL)
     with pytest.raises(ValueError, match=r"^k_cmp: expected at least 9 compressed blocks"):
         select_blocks(q, k_cmp[:, :8], lse, config=SMALL)
-
-
-def test_has_no_kernel_yet():
-    with pytest.raises(NotImplementedError, match=r"^select_blocks: .*backend='reference'"):
-        select_blocks(*_inputs(Case(name="", lengths=(20,))), config=SMALL, backend="kernel")

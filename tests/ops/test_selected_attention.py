@@ -75,9 +75,3 @@ def test_checks_the_block_indices():
     q = torch.randn(1, 3, 1, 4)
     with pytest.raises(ValueError, match=r"^block_indices: expected int32 \[1, 3, 1\] \+ \[n\]"):
         selected_attention(q, q, q, torch.zeros(1, 3, 1, 1).long(), block_size=4)
-
-
-def test_has_no_kernel_yet():
-    q, blocks = torch.randn(1, 3, 1, 4), torch.zeros(1, 3, 1, 1, dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match=r"^selected_attention: .*backend='reference'"):
-        selected_attention(q, q, q, blocks, block_size=2, backend="kernel")

@@ -70,9 +70,3 @@ def test_window_size_is_a_positive_integer(window_size):
     q = torch.randn(1, 3, 1, 4)
     with pytest.raises(ValueError, match=r"^window_size: expected a positive integer, got"):
         window_attention(q, q, q, window_size=window_size)
-
-
-def test_has_no_kernel_yet():
-    q = torch.randn(1, 3, 1, 4)
-    with pytest.raises(NotImplementedError, match=r"^window_attention: .*backend='reference'"):
-        window_attention(q, q, q, window_size=2, backend="kernel")

@@ -70,21 +70,21 @@ def compressed_attention_fwd_kernel(
     for c in range(0, n_full, BN):
         b_k = tl.load(p_k + (c_0 + c) * K * DK, mask=m_dk[:, None], other=0.0)
         b_v = tl.load(p_v + (c_0 + c) * K * DV, mask=m_dv[None, :], other=0.0)
-        b_s = tl.dot(b_q, b_k) * scale_log2
+        b_s = tl.dot(b_q, b_k, input_precision="ieee") * scale_log2
         b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_m_new[:, None])
         b_alpha = tl.exp2(b_m - b_m_new)
         b_l = b_l * b_alpha + tl.sum(b_p, 1)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None])
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision="ieee")
         b_m = b_m_new
     for c in range(n_full, n_any, BN):
         m_n = c + o_n < n_any
         b_k = tl.load(p_k + (c_0 + c) * K * DK, mask=m_dk[:, None] & m_n[None, :], other=0.0)
         b_v = tl.load(p_v + (c_0 + c) * K * DV, mask=m_n[:, None] & m_dv[None, :], other=0.0)
-        b_s = tl.dot(b_q, b_k) * scale_log2
+        b_s = tl.dot(b_q, b_k, input_precision="ieee") * scale_log2
         b_s = tl.where((c + o_n)[None, :] < b_visible[:, None], b_s, float("-inf"))
         b_p, b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
     b_o = b_acc / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
     p_o = o_ptr + p_row[:, None] * DV + o_dv[None, :]
     tl.store(p_o, b_o.to(o_ptr.dtype.element_ty), mask=m_row[:, None] & m_dv[None, :])

@@ -41,17 +41,19 @@ def _dkv_step(
     b_do = tl.load(do_ptr + p_row[:, None] * DV + o_dv[None, :], mask=m_do, other=0.0)
     b_lse = tl.load(lse_ptr + p_row, mask=m_row, other=float("inf")) * 1.4426950408889634
     b_delta = tl.load(delta_ptr + p_row, mask=m_row, other=0.0)
-    b_p = tl.exp2(tl.dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse[None, :])  # [BN, BM]
+    b_p = tl.exp2(
+        tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2 - b_lse[None, :]
+    )  # [BN, BM]
     b_p = tl.where(m_see, b_p, 0.0)
-    b_dp = tl.dot(b_v, tl.trans(b_do))
+    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
     if GATED:
         b_gate = tl.load(gates_ptr + p_row * 3, mask=m_row, other=0.0).to(tl.float32)
-        b_dv = tl.dot((b_p * b_gate[None, :]).to(b_do.dtype), b_do, b_dv)
+        b_dv = tl.dot((b_p * b_gate[None, :]).to(b_do.dtype), b_do, b_dv, input_precision="ieee")
         b_ds = b_p * (b_dp * b_gate[None, :] - b_delta[None, :])
     else:
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv)
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
         b_ds = b_p * (b_dp - b_delta[None, :])
-    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk)
+    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     return b_dk, b_dv
 
 
@@ -289,8 +291,8 @@ def selected_dkv_kernel(
             GATED,
         )
     p_part = (i_part.to(tl.int64) * SELECT + o_n)[:, None]
-    tl.store(dk_ptr + p_part * DK + o_dk[None, :], b_dk * scale, mask=(o_dk < DK)[None, :])
-    tl.store(dv_ptr + p_part * DV + o_dv[None, :], b_dv, mask=(o_dv < DV)[None, :])
+    tl.store(dk_ptr + p_part * DK + o_dk[None, :], b_dk * scale, mask=m_n & (o_dk < DK)[None, :])
+    tl.store(dv_ptr + p_part * DV + o_dv[None, :], b_dv, mask=m_n & (o_dv < DV)[None, :])
 
 
 @triton.jit
@@ -318,10 +320,10 @@ def sum_parts_kernel(
     o_d = tl.arange(0, DP)
     m_d = (o_d < D)[None, :]
     key_0 = tl.load(first_key_ptr + i_block)
-    num_keys = tl.load(num_keys_ptr + i_block)
+    m_n = (o_n < tl.load(num_keys_ptr + i_block))[:, None]
     b_sum = tl.zeros([BN, DP], tl.float32)
     for part in range(tl.load(part_offsets_ptr + i_list), tl.load(part_offsets_ptr + i_list + 1)):
         p_part = (part * SELECT + o_n.to(tl.int64))[:, None] * D + o_d[None, :]
-        b_sum += tl.load(parts_ptr + p_part, mask=m_d, other=0.0)
+        b_sum += tl.load(parts_ptr + p_part, mask=m_n & m_d, other=0.0)
     p_out = out_ptr + ((key_0 + o_n) * K + i_k)[:, None] * D + o_d[None, :]
-    tl.store(p_out, b_sum.to(out_ptr.dtype.element_ty), mask=(o_n < num_keys)[:, None] & m_d)
+    tl.store(p_out, b_sum.to(out_ptr.dtype.element_ty), mask=m_n & m_d)

@@ -7,7 +7,7 @@ With ``dp = do v^T`` and ``delta = sum(do * o)`` of a branch, the gradient of it
 import triton
 import triton.language as tl
 
-from nsa.kernels.tiles import locate_tile, num_visible
+from nsa.kernels.tiles import chosen_block, locate_tile, num_visible
 
 
 @triton.jit
@@ -72,11 +72,11 @@ def _row_values(
 @triton.jit
 def _dq_step(b_dq, b_q, b_do, b_k, b_v, m_see, b_lse, b_delta, b_gate, scale_log2):
     """Adds a tile of keys ``b_k [BN, DKP]``, ``b_v [BN, DVP]`` to ``dq``, not yet scaled."""
-    b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k)) * scale_log2 - b_lse[:, None])
+    b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2 - b_lse[:, None])
     b_p = tl.where(m_see, b_p, 0.0)
-    b_dp = tl.dot(b_do, tl.trans(b_v))
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
     b_ds = b_p * (b_dp * b_gate[:, None] - b_delta[:, None])
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq)
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
 
 
 @triton.jit
@@ -126,6 +126,7 @@ def dq_kernel(
     BS: tl.constexpr,
     CMP: tl.constexpr,
     SLC: tl.constexpr,
+    ALL: tl.constexpr,
     WIN: tl.constexpr,
     GATED: tl.constexpr,
     PACKED: tl.constexpr,
@@ -180,22 +181,28 @@ def dq_kernel(
             lse_slc_ptr, delta_ptr, gates_ptr, p_row, m_row, num_rows, 1, GATED
         )
         p_tile = (i_tile * K + i_k).to(tl.int64)
-        count = tl.load(counts_ptr + p_tile)
-        PARTS: tl.constexpr = SELECT // BS
+        count = last // SELECT + 1 if ALL else tl.load(counts_ptr + p_tile)
+        PARTS: tl.constexpr = (SELECT + BS - 1) // BS
         o_s = tl.arange(0, BS)
         o_k = (o_s * K + i_k)[:, None] * DK + o_dk[None, :]
         o_v = (o_s * K + i_k)[:, None] * DV + o_dv[None, :]
         for i in range(0, count * PARTS):
-            u = i // PARTS
-            s = tl.load(blocks_ptr + p_tile * U + u) * SELECT + (i % PARTS) * BS
-            bits = tl.load(bits_ptr + p_tile * (U + 1) + u + 1) - tl.load(
-                bits_ptr + p_tile * (U + 1) + u
-            )
+            part = (i % PARTS) * BS
+            if ALL:
+                s = i // PARTS * SELECT + part
+                limit = position
+            else:
+                block, limit = chosen_block(
+                    blocks_ptr, bits_ptr, p_tile, i // PARTS, position, o_q, U
+                )
+                s = block * SELECT + part
             m_n = (s + o_s <= last)[:, None]
+            m_see = (s + o_s)[None, :] <= limit[:, None]
+            if SELECT % BS:
+                m_n &= (part + o_s < SELECT)[:, None]
+                m_see &= (part + o_s < SELECT)[None, :]
             b_k = tl.load(k_slc_ptr + o_k + (k_0 + s) * K * DK, mask=m_n & m_dk, other=0.0)
             b_v = tl.load(v_slc_ptr + o_v + (k_0 + s) * K * DV, mask=m_n & m_dv, other=0.0)
-            limit = tl.where(((bits >> o_q.to(tl.int64)) & 1) != 0, position, -1)
-            m_see = (s + o_s)[None, :] <= limit[:, None]
             b_dq = _dq_step(b_dq, b_q, b_do, b_k, b_v, m_see, b_lse, b_delta, b_gate, scale_log2)
 
     if WIN:

@@ -52,18 +52,21 @@ def block_scores_kernel(
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
     SELECT: tl.constexpr,
+    SP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """Grid (query tiles of the chunk, K).
 
-    ``own``, ``next``: fp32 ``[chunk tiles, BQ, K, stride_row]``.
+    ``own``, ``next``: fp32 ``[chunk tiles, BQ, K, stride_row]``. A step takes ``BN / SP`` groups of
+    ``S`` keys, each padded to ``SP``, a power of two.
     """
     BQ: tl.constexpr = BM // GP
     S: tl.constexpr = SELECT // STRIDE
     W: tl.constexpr = BLOCK // STRIDE
-    NB: tl.constexpr = BN // S
+    NB: tl.constexpr = BN // SP
+    STEP: tl.constexpr = NB * S
     i_k = tl.program_id(1)
     i_tile = first_tile + tl.num_programs(0) - 1 - tl.program_id(0)
     t_0, q_0, _, c_0, n_q = locate_tile(
@@ -87,28 +90,36 @@ def block_scores_kernel(
     n_any = num_visible(q_offset + tl.minimum(t_0 + BQ, n_q) - 1, BLOCK, STRIDE)
 
     o_n = tl.arange(0, BN)
+    m_group = o_n % SP < S
+    o_n = o_n // SP * S + o_n % SP
     o_j = tl.arange(0, NB)
     o_q = tl.arange(0, BQ)
-    o_s = tl.arange(0, S)
-    w_own = tl.minimum(W, S - o_s).to(tl.float32)[None, :, None]
-    w_next = tl.maximum(W - (S - o_s), 0).to(tl.float32)[None, :, None]
+    o_s = tl.arange(0, SP)
+    # Padding has the weights of no block: 0.
+    w_own = tl.where(o_s < S, tl.minimum(W, S - o_s), 0).to(tl.float32)[None, :, None]
+    w_next = tl.where(o_s < S, tl.maximum(W - (S - o_s), 0), 0).to(tl.float32)[None, :, None]
     i_row = (i_tile - first_tile).to(tl.int64) * BQ + o_q
     p_out = (i_row * K + i_k)[:, None] * stride_row + o_j[None, :]  # [BQ, NB]
     m_q = (t_0 + o_q < n_q)[:, None]
     p_k = k_ptr + (o_n * K + i_k)[:, None] * DK + o_dk[None, :]
-    n_full = n_all // BN * BN
-    for c in range(0, n_full, BN):
+    # Padding reads keys of the next group, so a padded step is never free of masks.
+    n_full = n_all // STEP * STEP if SP == S else 0
+    for c in range(0, n_full, STEP):
         b_k = tl.load(p_k + (c_0 + c) * K * DK, mask=m_dk[None, :], other=0.0)
-        b_p = tl.exp2(tl.dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse[None, :])  # [BN, BM]
-        b_p = tl.reshape(_sum_heads(b_p, BN, BQ, GP), [NB, S, BQ])
+        b_p = tl.exp2(
+            tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2 - b_lse[None, :]
+        )  # [BN, BM]
+        b_p = tl.reshape(_sum_heads(b_p, BN, BQ, GP), [NB, SP, BQ])
         tl.store(own_ptr + p_out + c // S, tl.trans(tl.sum(b_p * w_own, 1)), mask=m_q)
         tl.store(next_ptr + p_out + c // S, tl.trans(tl.sum(b_p * w_next, 1)), mask=m_q)
-    for c in range(n_full, n_any, BN):
-        m_n = c + o_n < n_any
+    for c in range(n_full, n_any, STEP):
+        m_n = m_group & (c + o_n < n_any)
         b_k = tl.load(p_k + (c_0 + c) * K * DK, mask=m_n[:, None] & m_dk[None, :], other=0.0)
-        b_p = tl.exp2(tl.dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse[None, :])
+        b_p = tl.exp2(
+            tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2 - b_lse[None, :]
+        )
         b_p = tl.where((c + o_n)[:, None] < b_visible[None, :], b_p, 0.0)
-        b_p = tl.reshape(_sum_heads(b_p, BN, BQ, GP), [NB, S, BQ])
+        b_p = tl.reshape(_sum_heads(b_p, BN, BQ, GP), [NB, SP, BQ])
         m_out = m_q & (c // S + o_j < tl.cdiv(n_any, S))[None, :]
         tl.store(own_ptr + p_out + c // S, tl.trans(tl.sum(b_p * w_own, 1)), mask=m_out)
         tl.store(next_ptr + p_out + c // S, tl.trans(tl.sum(b_p * w_next, 1)), mask=m_out)

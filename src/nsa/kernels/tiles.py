@@ -62,3 +62,15 @@ def softmax_step(b_s, b_m, b_l, b_acc):
     b_p = tl.exp2(b_s - b_m_safe[:, None])
     b_alpha = tl.exp2(b_m - b_m_safe)
     return b_p, b_m_new, b_l * b_alpha + tl.sum(b_p, 1), b_acc * b_alpha[:, None]
+
+
+@triton.jit
+def chosen_block(blocks_ptr, bits_ptr, p_tile, u, position, o_q, U: tl.constexpr):
+    """Entry ``u`` of a tile's union list, and the last position each row sees in it.
+
+    Rows of tokens that did not choose the block see nothing: -1.
+    """
+    block = tl.load(blocks_ptr + p_tile * U + u)
+    p_bits = bits_ptr + p_tile * (U + 1) + u
+    bits = tl.load(p_bits + 1) - tl.load(p_bits)
+    return block, tl.where(((bits >> o_q.to(tl.int64)) & 1) != 0, position, -1)

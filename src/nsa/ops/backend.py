@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import os
+from types import ModuleType
 
+import torch
 from torch import Tensor
 
+from nsa import reference
+
+try:
+    from nsa.ops import launch
+except ImportError:  # Triton has no build for this platform.
+    launch = None
+
 BACKENDS = ("reference", "kernel")
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_DIM = 256
+INSTEAD = "Pass backend='reference' (or set NSA_BACKEND=reference) for the PyTorch reference."
 
 
 def resolve_backend(tensor: Tensor, backend: str | None) -> str:
@@ -15,21 +27,45 @@ def resolve_backend(tensor: Tensor, backend: str | None) -> str:
     By device means kernels for CUDA tensors and the reference elsewhere.
 
     Raises:
-        ValueError: the name is not one of ``BACKENDS``.
+        ValueError: the name is not one of ``BACKENDS``, or the kernels cannot take this tensor.
     """
     source = "backend"
     if backend is None:
         source, backend = "NSA_BACKEND", os.environ.get("NSA_BACKEND") or None
     if backend is None:
-        return "kernel" if tensor.device.type == "cuda" else "reference"
+        source, backend = "device", "kernel" if tensor.device.type == "cuda" else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if backend == "kernel":
+        _check_kernels_take(tensor, source)
     return backend
 
 
-def no_kernel(operation: str) -> NotImplementedError:
-    """The error of an operation that has no kernel for what was asked."""
-    return NotImplementedError(
-        f"{operation}: there is no GPU kernel for it yet. Pass backend='reference' (or set "
-        "NSA_BACKEND=reference) to run the PyTorch reference, which works on any device."
-    )
+def _check_kernels_take(tensor: Tensor, source: str) -> None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if launch is None:
+        raise ValueError(
+            f"{source}: the GPU kernels need Triton, which is not installed. {INSTEAD}"
+        )
+    if tensor.device.type != "cuda" and not interpreted:
+        raise ValueError(
+            f"{source}: expected CUDA tensors for the GPU kernels, got {tensor.device}. {INSTEAD}"
+        )
+    if tensor.dtype not in KERNEL_DTYPES:
+        raise ValueError(
+            "the GPU kernels take bfloat16, float16 and float32 tensors, got "
+            f"{str(tensor.dtype).removeprefix('torch.')}. {INSTEAD}"
+        )
+    if tensor.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(
+            f"the GPU kernels take head dims up to {MAX_HEAD_DIM}, got {tensor.shape[-1]}. "
+            f"{INSTEAD}"
+        )
+
+
+def implementation(backend: str) -> ModuleType:
+    """``nsa.reference`` or ``nsa.ops.launch``, which hold the same functions."""
+    if backend == "reference":
+        return reference
+    assert launch is not None, "resolve_backend lets no kernels through without Triton"
+    return launch

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa import reference
 from nsa.ops import checks
-from nsa.ops.backend import no_kernel, resolve_backend
+from nsa.ops.backend import implementation, resolve_backend
 
 KINDS = ("mlp", "linear", "gated", "mean")
 
@@ -128,9 +127,7 @@ def compress_fwd(
     backend: str,
 ) -> Tensor:
     """Compressed blocks of one tensor."""
-    if backend == "kernel":
-        raise no_kernel("compress_kv")
-    return reference.compress_fwd(
+    return implementation(backend).compress_fwd(
         x,
         pe,
         w1,
@@ -165,9 +162,7 @@ def compress_bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dx, dpe, dw1, dw2)``; an empty tensor for each weight that is None."""
-    if backend == "kernel":
-        raise no_kernel("compress_kv")
-    return reference.compress_bwd(
+    return implementation(backend).compress_bwd(
         dout,
         x,
         pe,

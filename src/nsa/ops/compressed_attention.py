@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsa import reference
 from nsa.ops import checks
-from nsa.ops.backend import no_kernel, resolve_backend
+from nsa.ops.backend import implementation, resolve_backend
 from nsa.ops.fakes import attention_outputs, gradients_of
 
 
@@ -83,9 +82,7 @@ def compressed_attention_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``(o, lse)``."""
-    if backend == "kernel":
-        raise no_kernel("compressed_attention")
-    return reference.compressed_attention_fwd(
+    return implementation(backend).compressed_attention_fwd(
         q,
         k_cmp,
         v_cmp,
@@ -115,7 +112,7 @@ def _(
 @torch.library.custom_op("nsa::compressed_attention_bwd", mutates_args=())
 def compressed_attention_bwd(
     do: Tensor,
-    dlse: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k_cmp: Tensor,
     v_cmp: Tensor,
@@ -129,9 +126,7 @@ def compressed_attention_bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk_cmp, dv_cmp)``."""
-    if backend == "kernel":
-        raise no_kernel("compressed_attention")
-    return reference.compressed_attention_bwd(
+    return implementation(backend).compressed_attention_bwd(
         do,
         dlse,
         q,
@@ -167,12 +162,15 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     q, k_cmp, v_cmp, cu_seqlens, *ctx.constants = inputs
     ctx.save_for_backward(q, k_cmp, v_cmp, *output, cu_seqlens)
 
 
 def _backward(ctx, do, dlse):
     q, k_cmp, v_cmp, o, lse, cu_seqlens = ctx.saved_tensors
+    if do is None:
+        do = torch.zeros_like(o)
     grads = compressed_attention_bwd(do, dlse, q, k_cmp, v_cmp, o, lse, cu_seqlens, *ctx.constants)
     return *grads, *[None] * (1 + len(ctx.constants))
 

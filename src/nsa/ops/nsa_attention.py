@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
+import torch
 from torch import Tensor
 
-from nsa import reference
 from nsa.config import NSAConfig
 from nsa.ops import checks
-from nsa.ops.compressed_attention import compressed_attention
-from nsa.ops.select_blocks import select_blocks
-from nsa.ops.selected_attention import selected_attention
-from nsa.ops.window_attention import window_attention
+from nsa.ops.backend import implementation, resolve_backend
+from nsa.ops.fakes import attention_outputs, gradients_of
+from nsa.ops.select_blocks import config_from
 
 
 def nsa_attention(
@@ -27,6 +28,7 @@ def nsa_attention(
     softmax_scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     q_offset: int = 0,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Native Sparse Attention: ``g_cmp o_cmp + g_slc o_slc + g_win o_win`` (eq. 5).
@@ -47,6 +49,9 @@ def nsa_attention(
         softmax_scale: factor of the logits, ``1 / sqrt(Dk)`` if None.
         cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed.
         q_offset: position of the first query in its sequence (batches only).
+        recompute: keep the lists of blocks and the log-sum-exps for the backward, and compute the
+            branch outputs again there. It saves three tensors of o's size and costs most of a
+            forward.
         backend: ``"reference"`` or ``"kernel"``; by device if None.
 
     Returns:
@@ -69,23 +74,188 @@ def nsa_attention(
     for k, v, names in ((k_slc, v_slc, ("k_slc", "v_slc")), (k_win, v_win, ("k_win", "v_win"))):
         checks.token_keys(q, k, v, names, q_offset)
     checks.value_dims(v_cmp, v_slc, v_win)
-    common = {
-        "softmax_scale": softmax_scale,
-        "cu_seqlens": cu_seqlens,
-        "q_offset": q_offset,
-        "backend": backend,
-    }
-    o_cmp, lse = compressed_attention(
+    checks.compressed_keys(
+        q,
+        k_cmp.shape[-3],
+        "k_cmp",
+        k_cmp,
+        q_offset,
+        config.compress_block_size,
+        config.compress_stride,
+    )
+    tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    keep = NOTHING if not needs_grad else (LISTS if recompute else OUTPUTS)
+    return nsa_attention_fwd(
+        *tensors,
+        cu_seqlens,
+        list(astuple(config)),
+        checks.scale(softmax_scale, q.shape[-1]),
+        q_offset,
+        keep,
+        resolve_backend(q, backend),
+    )[0]
+
+
+# What a forward keeps for its backward.
+NOTHING, LISTS, OUTPUTS = range(3)
+
+
+@torch.library.custom_op("nsa::nsa_attention_fwd", mutates_args=())
+def nsa_attention_fwd(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    cu_seqlens: Tensor | None,
+    geometry: list[int],
+    softmax_scale: float,
+    q_offset: int,
+    keep: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(o, block_indices, o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win)``.
+
+    What is not kept is empty.
+    """
+    o, *saved = implementation(backend).nsa_attention_fwd(
         q,
         k_cmp,
         v_cmp,
-        compress_block_size=config.compress_block_size,
-        compress_stride=config.compress_stride,
-        **common,
+        k_slc,
+        v_slc,
+        k_win,
+        v_win,
+        gates,
+        cu_seqlens=cu_seqlens,
+        config=config_from(geometry),
+        softmax_scale=softmax_scale,
+        q_offset=q_offset,
+        save=keep != NOTHING,
     )
-    block_indices = select_blocks(q, k_cmp, lse, config=config, **common)
-    o_slc = selected_attention(
-        q, k_slc, v_slc, block_indices, block_size=config.block_size, **common
+    saved = saved or _nothing(q)
+    indices, o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win = (
+        x if _kept(i, keep) else x.new_empty(0) for i, x in enumerate(saved)
     )
-    o_win = window_attention(q, k_win, v_win, window_size=config.window_size, **common)
-    return reference.combine(o_cmp, o_slc, o_win, gates)
+    return o, indices, o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win
+
+
+def _nothing(q: Tensor) -> list[Tensor]:
+    branch = [q.new_empty(0), q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))]
+    return [q.new_empty(0, dtype=torch.int32), *branch * 3]
+
+
+def _kept(i: int, keep: int) -> bool:
+    """Of the tensors after ``o``: outputs are the second, fourth and sixth."""
+    is_output = i in (1, 3, 5)
+    return keep == OUTPUTS or (keep == LISTS and not is_output)
+
+
+@nsa_attention_fwd.register_fake
+def _(
+    q,
+    k_cmp,
+    v_cmp,
+    k_slc,
+    v_slc,
+    k_win,
+    v_win,
+    gates,
+    cu_seqlens,
+    geometry,
+    softmax_scale,
+    q_offset,
+    keep,
+    backend,
+):
+    n = config_from(geometry).num_selected_blocks
+    indices = q.new_empty((*q.shape[:-2], k_cmp.shape[-2], n), dtype=torch.int32)
+    branches = [x for v in (v_cmp, v_slc, v_win) for x in attention_outputs(q, v)]
+    saved = [x if _kept(i, keep) else x.new_empty(0) for i, x in enumerate((indices, *branches))]
+    return attention_outputs(q, v_cmp)[0], *saved
+
+
+@torch.library.custom_op("nsa::nsa_attention_bwd", mutates_args=())
+def nsa_attention_bwd(
+    do: Tensor,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    saved: list[Tensor],
+    cu_seqlens: Tensor | None,
+    geometry: list[int],
+    softmax_scale: float,
+    q_offset: int,
+    keep: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the eight tensors."""
+    code, config = implementation(backend), config_from(geometry)
+    where = {"cu_seqlens": cu_seqlens, "softmax_scale": softmax_scale, "q_offset": q_offset}
+    if keep == LISTS:
+        indices, _, lse_cmp, _, lse_slc, _, lse_win = saved
+        o_cmp, o_slc, o_win = code.branch_outputs(
+            q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, indices, config=config, **where
+        )
+        saved = [indices, o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win]
+    return code.nsa_attention_bwd(
+        do,
+        q,
+        k_cmp,
+        v_cmp,
+        k_slc,
+        v_slc,
+        k_win,
+        v_win,
+        gates,
+        tuple(saved),
+        config=config,
+        **where,
+    )
+
+
+@nsa_attention_bwd.register_fake
+def _(
+    do,
+    q,
+    k_cmp,
+    v_cmp,
+    k_slc,
+    v_slc,
+    k_win,
+    v_win,
+    gates,
+    saved,
+    cu_seqlens,
+    geometry,
+    softmax_scale,
+    q_offset,
+    keep,
+    backend,
+):
+    return gradients_of(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    *tensors, cu_seqlens, geometry, softmax_scale, q_offset, keep, backend = inputs
+    ctx.constants = (geometry, softmax_scale, q_offset, keep, backend)
+    ctx.save_for_backward(*tensors, *output[1:], cu_seqlens)
+
+
+def _backward(ctx, do, *_grads_of_saved):
+    tensors, (*saved, cu_seqlens) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+    grads = nsa_attention_bwd(do, *tensors, saved, cu_seqlens, *ctx.constants)
+    return *grads, *[None] * (1 + len(ctx.constants))
+
+
+nsa_attention_fwd.register_autograd(_backward, setup_context=_setup_context)

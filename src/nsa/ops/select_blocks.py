@@ -7,10 +7,9 @@ from dataclasses import astuple
 import torch
 from torch import Tensor
 
-from nsa import reference
 from nsa.config import NSAConfig
 from nsa.ops import checks
-from nsa.ops.backend import no_kernel, resolve_backend
+from nsa.ops.backend import implementation, resolve_backend
 
 
 def select_blocks(
@@ -89,9 +88,7 @@ def select_blocks_fwd(
     backend: str,
 ) -> Tensor:
     """``block_indices``; ``geometry`` is the config's fields in order."""
-    if backend == "kernel":
-        raise no_kernel("select_blocks")
-    return reference.select_blocks(
+    return implementation(backend).select_blocks(
         q,
         k_cmp,
         lse,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsa import reference
 from nsa.ops import checks
-from nsa.ops.backend import no_kernel, resolve_backend
+from nsa.ops.backend import implementation, resolve_backend
 from nsa.ops.fakes import attention_outputs, gradients_of
 
 
@@ -81,9 +80,7 @@ def selected_attention_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``(o, lse)``."""
-    if backend == "kernel":
-        raise no_kernel("selected_attention")
-    return reference.selected_attention_fwd(
+    return implementation(backend).selected_attention_fwd(
         q,
         k,
         v,
@@ -103,7 +100,7 @@ def _(q, k, v, block_indices, cu_seqlens, block_size, softmax_scale, q_offset, b
 @torch.library.custom_op("nsa::selected_attention_bwd", mutates_args=())
 def selected_attention_bwd(
     do: Tensor,
-    dlse: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -117,9 +114,7 @@ def selected_attention_bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)``."""
-    if backend == "kernel":
-        raise no_kernel("selected_attention")
-    return reference.selected_attention_bwd(
+    return implementation(backend).selected_attention_bwd(
         do,
         dlse,
         q,
@@ -155,6 +150,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     q, k, v, block_indices, cu_seqlens, *ctx.constants = inputs
     ctx.save_for_backward(q, k, v, block_indices, *output, cu_seqlens)
 

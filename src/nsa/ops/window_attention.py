@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsa import reference
 from nsa.ops import checks
-from nsa.ops.backend import no_kernel, resolve_backend
+from nsa.ops.backend import implementation, resolve_backend
 from nsa.ops.fakes import attention_outputs, gradients_of
 
 
@@ -74,9 +73,7 @@ def window_attention_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``(o, lse)``."""
-    if backend == "kernel":
-        raise no_kernel("window_attention")
-    return reference.window_attention_fwd(
+    return implementation(backend).window_attention_fwd(
         q,
         k,
         v,
@@ -95,7 +92,7 @@ def _(q, k, v, cu_seqlens, window_size, softmax_scale, q_offset, backend):
 @torch.library.custom_op("nsa::window_attention_bwd", mutates_args=())
 def window_attention_bwd(
     do: Tensor,
-    dlse: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -108,9 +105,7 @@ def window_attention_bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)``."""
-    if backend == "kernel":
-        raise no_kernel("window_attention")
-    return reference.window_attention_bwd(
+    return implementation(backend).window_attention_bwd(
         do,
         dlse,
         q,
@@ -131,6 +126,7 @@ def _(do, dlse, q, k, v, o, lse, cu_seqlens, window_size, softmax_scale, q_offse
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     q, k, v, cu_seqlens, *ctx.constants = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 

@@ -8,7 +8,12 @@ kernels.
 
 from nsa.reference.compress_kv import compress_bwd, compress_fwd
 from nsa.reference.compressed_attention import compressed_attention_bwd, compressed_attention_fwd
-from nsa.reference.nsa_attention import combine, nsa_attention
+from nsa.reference.nsa_attention import (
+    branch_outputs,
+    combine,
+    nsa_attention_bwd,
+    nsa_attention_fwd,
+)
 from nsa.reference.nsa_decode import nsa_decode
 from nsa.reference.select_blocks import block_scores, select_blocks
 from nsa.reference.selected_attention import selected_attention_bwd, selected_attention_fwd
@@ -16,12 +21,14 @@ from nsa.reference.window_attention import window_attention_bwd, window_attentio
 
 __all__ = [
     "block_scores",
+    "branch_outputs",
     "combine",
     "compress_bwd",
     "compress_fwd",
     "compressed_attention_bwd",
     "compressed_attention_fwd",
-    "nsa_attention",
+    "nsa_attention_bwd",
+    "nsa_attention_fwd",
     "nsa_decode",
     "select_blocks",
     "selected_attention_bwd",

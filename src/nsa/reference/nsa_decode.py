@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.reference.nsa_attention import nsa_attention
+from nsa.reference.nsa_attention import nsa_attention_fwd
 
 
 def nsa_decode(
@@ -29,7 +29,7 @@ def nsa_decode(
     for length in torch.unique(seq_lens).tolist():
         rows = (seq_lens == length).nonzero()[:, 0]
         blocks = config.num_compressed(length)
-        out[rows] = nsa_attention(
+        out[rows] = nsa_attention_fwd(
             q[rows],
             k_cmp[rows, :blocks],
             v_cmp[rows, :blocks],
@@ -41,5 +41,6 @@ def nsa_decode(
             config=config,
             softmax_scale=softmax_scale,
             q_offset=length - num_queries,
-        )
+            save=False,
+        )[0]
     return out

@@ -1,4 +1,4 @@
-"""Launches compressed attention."""
+"""Launches compressed attention, forward and backward."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from nsa.kernels.compressed_attention import compressed_attention_fwd_kernel
+from nsa.ops.launch.branches import Branch, Geometry
+from nsa.ops.launch.gradients import attention_bwd
 from nsa.ops.launch.tiles import LOG2_E, QueryTiles, heads, launch
+from nsa.ops.launch.tuned import tile
 
 
 def compressed_attention_fwd(
@@ -19,17 +22,14 @@ def compressed_attention_fwd(
     compress_stride: int,
     softmax_scale: float,
     q_offset: int = 0,
-    BM=128,
-    BN=64,
-    num_warps=8,
-    num_stages=3,
 ) -> tuple[Tensor, Tensor]:
     """``(o, lse)``."""
     q, k_cmp, v_cmp = q.contiguous(), k_cmp.contiguous(), v_cmp.contiguous()
     o = q.new_empty(*q.shape[:-1], v_cmp.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     sizes = heads(q, k_cmp, v_cmp)
-    tiles = QueryTiles.of(q, cu_seqlens, BM // sizes["GP"])
+    shape = tile("compressed_attention_fwd", sizes, q)
+    tiles = QueryTiles.of(q, cu_seqlens, shape.BM // sizes["GP"])
     if q.numel() == 0:
         return o, lse
     launch(
@@ -48,9 +48,34 @@ def compressed_attention_fwd(
         **sizes,
         BLOCK=compress_block_size,
         STRIDE=compress_stride,
-        BM=BM,
-        BN=BN,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        **shape._asdict(),
     )
     return o, lse
+
+
+def compressed_attention_bwd(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    compress_block_size: int,
+    compress_stride: int,
+    softmax_scale: float,
+    q_offset: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dq, dk_cmp, dv_cmp)``."""
+    geometry = Geometry(
+        compress_block_size=compress_block_size,
+        compress_stride=compress_stride,
+        softmax_scale=softmax_scale,
+        q_offset=q_offset,
+        cu_seqlens=cu_seqlens,
+    )
+    branch = Branch(k=k_cmp, v=v_cmp, o=o, lse=lse)
+    grads = attention_bwd(do, q, {"cmp": branch}, None, geometry, dlse)
+    return grads["dq"], grads["dk_cmp"], grads["dv_cmp"]

@@ -1,89 +1,130 @@
-"""Launches selected and window attention, alone or fused with the gated sum."""
+"""Launches the whole of eq. 5: the choice of blocks, the three branches and their gated sum."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from nsa.kernels.nsa_attention import selected_window_fwd_kernel
-from nsa.ops.launch.select_blocks import union_blocks
-from nsa.ops.launch.tiles import LOG2_E, QueryTiles, heads, launch
+from nsa.config import NSAConfig
+from nsa.ops.launch.branches import Branch, Geometry
+from nsa.ops.launch.compressed_attention import compressed_attention_fwd
+from nsa.ops.launch.gradients import attention_bwd
+from nsa.ops.launch.select_blocks import covers, select_blocks
+from nsa.ops.launch.token_attention import token_attention_fwd
 
 
-def selected_window_fwd(
+def nsa_attention_fwd(
     q: Tensor,
-    slc: tuple[Tensor, Tensor, Tensor] | None,
-    win: tuple[Tensor, Tensor] | None,
-    gates: Tensor | None = None,
-    o_cmp: Tensor | None = None,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
     *,
-    cu_seqlens: Tensor | None = None,
-    block_size: int,
-    window_size: int,
+    config: NSAConfig,
     softmax_scale: float,
+    cu_seqlens: Tensor | None = None,
     q_offset: int = 0,
     save: bool = True,
-    BM=64,
-    BN=64,
-    num_warps=4,
-    num_stages=2,
-) -> dict[str, Tensor | None]:
-    """o, o_slc, lse_slc, o_win, lse_win: those asked for."""
-    q = q.contiguous()
-    k_slc, v_slc, indices = (x.contiguous() for x in slc) if slc else (q, q, q)
-    k_win, v_win = (x.contiguous() for x in win) if win else (q, q)
-    k, v = (k_slc, v_slc) if slc else (k_win, v_win)
-    combine = gates is not None
-    sizes = heads(q, k, v)
-    tiles = QueryTiles.of(q, cu_seqlens, BM // sizes["GP"])
-
-    def output(wanted: bool) -> Tensor | None:
-        return q.new_empty(*q.shape[:-1], v.shape[-1]) if wanted else None
-
-    def lse(wanted: bool) -> Tensor | None:
-        return q.new_empty(q.shape[:-1], dtype=torch.float32) if wanted else None
-
-    out = {
-        "o": output(combine),
-        "o_slc": output(save and bool(slc)),
-        "o_win": output(save and bool(win)),
-        "lse_slc": lse(save and bool(slc)),
-        "lse_win": lse(save and bool(win)),
-    }
-    if q.numel() == 0:
-        return out
-    union = union_blocks(indices, tiles, q.shape[-3]) if slc else (q, q, q)
-    BN = min(BN, block_size) if slc else BN
-    launch(
-        selected_window_fwd_kernel,
-        (tiles.num_tiles, sizes["K"]),
-        q_ptr=q,
-        k_slc_ptr=k_slc,
-        v_slc_ptr=v_slc,
-        k_win_ptr=k_win,
-        v_win_ptr=v_win,
-        gates_ptr=gates if combine else q,
-        o_cmp_ptr=o_cmp if combine else q,
-        **{f"{name}_ptr": q if x is None else x for name, x in out.items()},
-        blocks_ptr=union[0],
-        bits_ptr=union[1],
-        counts_ptr=union[2],
-        **tiles.arguments(),
-        T_q=q.shape[-3],
-        T_k=k.shape[-3],
-        q_offset=q_offset,
-        scale_log2=softmax_scale * LOG2_E,
-        **sizes,
-        SELECT=block_size,
-        WINDOW=window_size,
-        U=union[0].shape[-1],
-        BM=BM,
-        BN=BN,
-        SLC=bool(slc),
-        WIN=bool(win),
-        COMBINE=combine,
-        SAVE=save,
-        num_warps=num_warps,
-        num_stages=num_stages,
+) -> tuple[Tensor, ...]:
+    """``(o, block_indices, o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win)``, or ``(o,)``."""
+    common = {"softmax_scale": softmax_scale, "cu_seqlens": cu_seqlens, "q_offset": q_offset}
+    o_cmp, lse_cmp = _compressed(q, k_cmp, v_cmp, config, common)
+    indices = select_blocks(q, k_cmp, lse_cmp, config=config, **common)
+    out = token_attention_fwd(
+        q,
+        (k_slc, v_slc, None if covers(q, config, q_offset) else indices),
+        (k_win, v_win),
+        gates,
+        o_cmp,
+        block_size=config.block_size,
+        window_size=config.window_size,
+        save=save,
+        **common,
     )
-    return out
+    if not save:
+        return (out["o"],)
+    branches = (o_cmp, lse_cmp, out["o_slc"], out["lse_slc"], out["o_win"], out["lse_win"])
+    return out["o"], indices, *branches
+
+
+def branch_outputs(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    block_indices: Tensor,
+    *,
+    config: NSAConfig,
+    softmax_scale: float,
+    cu_seqlens: Tensor | None = None,
+    q_offset: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(o_cmp, o_slc, o_win)`` of a choice already made."""
+    common = {"softmax_scale": softmax_scale, "cu_seqlens": cu_seqlens, "q_offset": q_offset}
+    o_cmp, _ = _compressed(q, k_cmp, v_cmp, config, common)
+    out = token_attention_fwd(
+        q,
+        (k_slc, v_slc, None if covers(q, config, q_offset) else block_indices),
+        (k_win, v_win),
+        block_size=config.block_size,
+        window_size=config.window_size,
+        **common,
+    )
+    return o_cmp, out["o_slc"], out["o_win"]
+
+
+def nsa_attention_bwd(
+    do: Tensor,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    saved: tuple[Tensor, ...],
+    *,
+    config: NSAConfig,
+    softmax_scale: float,
+    cu_seqlens: Tensor | None = None,
+    q_offset: int = 0,
+) -> tuple[Tensor, ...]:
+    """Gradients of the eight inputs in their order; ``saved`` is what followed ``o``."""
+    indices, o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win = saved
+    geometry = Geometry(
+        compress_block_size=config.compress_block_size,
+        compress_stride=config.compress_stride,
+        block_size=config.block_size,
+        window_size=config.window_size,
+        softmax_scale=softmax_scale,
+        q_offset=q_offset,
+        cu_seqlens=cu_seqlens,
+    )
+    chosen = None if covers(q, config, q_offset) else indices
+    branches = {
+        "cmp": Branch(k=k_cmp, v=v_cmp, o=o_cmp, lse=lse_cmp),
+        "slc": Branch(k=k_slc, v=v_slc, o=o_slc, lse=lse_slc, block_indices=chosen),
+        "win": Branch(k=k_win, v=v_win, o=o_win, lse=lse_win),
+    }
+    grads = attention_bwd(do, q, branches, gates, geometry)
+    keys = [grads[f"d{x}_{name}"] for name in branches for x in "kv"]
+    return grads["dq"], *keys, grads["dgates"]
+
+
+def _compressed(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, config: NSAConfig, common: dict
+) -> tuple[Tensor, Tensor]:
+    return compressed_attention_fwd(
+        q,
+        k_cmp,
+        v_cmp,
+        compress_block_size=config.compress_block_size,
+        compress_stride=config.compress_stride,
+        **common,
+    )

@@ -10,6 +10,7 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.kernels.select_blocks import block_scores_kernel, top_blocks_kernel, union_blocks_kernel
 from nsa.ops.launch.tiles import LOG2_E, QueryTiles, heads, launch, next_power_of_2
+from nsa.ops.launch.tuned import tile
 
 SCORE_BYTES = 1 << 28  # of the score buffers of one chunk of queries
 
@@ -22,6 +23,19 @@ class Union(NamedTuple):
     counts: Tensor
 
 
+def covers(q: Tensor, config: NSAConfig, q_offset: int) -> bool:
+    """Whether every query's candidates fit its list, so that selection is causal attention."""
+    return q_offset + q.shape[-3] <= config.num_selected_blocks * config.block_size
+
+
+def _all_candidates(q: Tensor, num_kv_heads: int, config: NSAConfig, q_offset: int) -> Tensor:
+    """What ``select_blocks`` gives where the candidates fit the list."""
+    position = torch.arange(q_offset, q_offset + q.shape[1], dtype=torch.int32, device=q.device)
+    block = torch.arange(config.num_selected_blocks, dtype=torch.int32, device=q.device)
+    chosen = torch.where(block <= (position // config.block_size)[:, None], block, -1)
+    return chosen[None, :, None].expand(q.shape[0], -1, num_kv_heads, -1).contiguous()
+
+
 def select_blocks(
     q: Tensor,
     k_cmp: Tensor,
@@ -31,21 +45,22 @@ def select_blocks(
     softmax_scale: float,
     cu_seqlens: Tensor | None = None,
     q_offset: int = 0,
-    BM=128,
-    BN=64,
-    num_warps=4,
-    num_stages=3,
-    R=1,
-    top_warps=1,
+    top_rows: int = 1,
+    top_warps: int = 1,
 ) -> Tensor:
     """``block_indices``."""
+    if q.dim() == 4 and covers(q, config, q_offset):
+        return _all_candidates(q, k_cmp.shape[-2], config, q_offset)
     q, k_cmp, lse = q.contiguous(), k_cmp.contiguous(), lse.contiguous()
     sizes = heads(q, k_cmp)
     shape = (*q.shape[:-2], sizes["K"], config.num_selected_blocks)
     indices = torch.full(shape, -1, dtype=torch.int32, device=q.device)
     if q.numel() == 0:
         return indices
-    tiles = QueryTiles.of(q, cu_seqlens, BM // sizes["GP"])
+    shape = tile("block_scores", sizes, q)
+    tiles = QueryTiles.of(q, cu_seqlens, shape.BM // sizes["GP"])
+    per_block = config.block_size // config.compress_stride
+    padded = next_power_of_2(per_block)
     stride_row = config.num_blocks(q_offset + q.shape[-3])
     tile_bytes = tiles.tokens * sizes["K"] * stride_row * 8
     per_chunk = min(tiles.num_tiles, max(1, SCORE_BYTES // tile_bytes))
@@ -75,15 +90,13 @@ def select_blocks(
             T_c=k_cmp.shape[-3],
             scale_log2=softmax_scale * LOG2_E,
             **sizes,
-            BM=BM,
-            BN=BN,
+            SP=padded,
+            **shape._replace(BN=max(shape.BN, padded))._asdict(),
             **common,
-            num_warps=num_warps,
-            num_stages=num_stages,
         )
         launch(
             top_blocks_kernel,
-            (count * (tiles.tokens // R), sizes["K"]),
+            (count * (tiles.tokens // top_rows), sizes["K"]),
             indices_ptr=indices,
             first_tile=first,
             K=sizes["K"],
@@ -91,7 +104,7 @@ def select_blocks(
             NUM_INIT=config.num_init_blocks,
             NUM_LOCAL=config.num_local_blocks,
             BQ=tiles.tokens,
-            R=R,
+            R=top_rows,
             NBP=next_power_of_2(columns),
             **common,
             num_warps=top_warps,

@@ -26,6 +26,16 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def padded_dim(dim: int) -> int:
+    """A head dim as tiles hold it: a power of two, 16 at least for ``tl.dot``."""
+    return max(16, next_power_of_2(dim))
+
+
+def key_tile(BN: int, block_size: int) -> int:
+    """Keys of a step that walks a selection block: a power of two, 16 at least for ``tl.dot``."""
+    return max(16, min(BN, next_power_of_2(block_size)))
+
+
 def heads(q: Tensor, k: Tensor, v: Tensor | None = None) -> dict[str, int]:
     """Head counts and head dims as kernel arguments."""
     num_heads, num_kv_heads, key_dim = q.shape[-2], k.shape[-2], q.shape[-1]
@@ -36,10 +46,10 @@ def heads(q: Tensor, k: Tensor, v: Tensor | None = None) -> dict[str, int]:
         "G": group,
         "GP": next_power_of_2(group),
         "DK": key_dim,
-        "DKP": next_power_of_2(key_dim),
+        "DKP": padded_dim(key_dim),
     }
     if v is not None:
-        sizes |= {"DV": v.shape[-1], "DVP": next_power_of_2(v.shape[-1])}
+        sizes |= {"DV": v.shape[-1], "DVP": padded_dim(v.shape[-1])}
     return sizes
 
 
@@ -59,10 +69,15 @@ class QueryTiles:
     packed: bool
 
     @classmethod
-    def of(cls, q: Tensor, cu_seqlens: Tensor | None, tokens: int) -> QueryTiles:
-        """Tiles of q, ``[B, T, H, D]`` or packed ``[T, H, D]``."""
+    def of(
+        cls, q: Tensor, cu_seqlens: Tensor | None, tokens: int, length: int | None = None
+    ) -> QueryTiles:
+        """Tiles of q, ``[B, T, H, D]`` or packed ``[T, H, D]``.
+
+        For tiles of keys, ``length`` says how many a sequence of a batch has.
+        """
         if cu_seqlens is None:
-            count = q.shape[0] * ceil_div(q.shape[1], tokens)
+            count = q.shape[0] * ceil_div(q.shape[1] if length is None else length, tokens)
             return cls(tokens, count, q.shape[0], q, q, False)
         num_seqs = cu_seqlens.shape[0] - 1
         per_seq = (cu_seqlens[1:] - cu_seqlens[:-1] + tokens - 1) // tokens

@@ -1,13 +1,13 @@
-"""Selected and window attention of a query tile, alone or fused with the gated sum: forward."""
+"""Attention to tokens, selected blocks and window, alone or fused with the gated sum: forward."""
 
 import triton
 import triton.language as tl
 
-from nsa.kernels.tiles import locate_tile, softmax_step
+from nsa.kernels.tiles import chosen_block, locate_tile, softmax_step
 
 
 @triton.jit
-def selected_window_fwd_kernel(
+def token_attention_fwd_kernel(
     q_ptr,
     k_slc_ptr,
     v_slc_ptr,
@@ -44,6 +44,7 @@ def selected_window_fwd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     SLC: tl.constexpr,
+    ALL: tl.constexpr,
     WIN: tl.constexpr,
     COMBINE: tl.constexpr,
     SAVE: tl.constexpr,
@@ -51,8 +52,9 @@ def selected_window_fwd_kernel(
 ):
     """Grid (query tiles, K).
 
-    ``SLC`` and ``WIN`` switch the branches on; ``COMBINE`` writes the gated sum ``o`` with
-    ``o_cmp``; ``SAVE`` writes each branch's output and lse.
+    ``SLC`` and ``WIN`` switch the branches on; ``ALL`` selects every block instead of the lists;
+    ``COMBINE`` writes the gated sum ``o`` with ``o_cmp``; ``SAVE`` writes each branch's output and
+    lse.
     """
     BQ: tl.constexpr = BM // GP
     i_k = tl.program_id(1)
@@ -82,43 +84,47 @@ def selected_window_fwd_kernel(
     o_n = tl.arange(0, BN)
     o_k = (o_n * K + i_k)[None, :] * DK + o_dk[:, None]  # [DKP, BN]
     o_v = (o_n * K + i_k)[:, None] * DV + o_dv[None, :]  # [BN, DVP]
-    b_out = tl.zeros([BM, DVP], tl.float32)
 
     if SLC:
         p_tile = (i_tile * K + i_k).to(tl.int64)
-        count = tl.load(counts_ptr + p_tile)
+        count = last // SELECT + 1 if ALL else tl.load(counts_ptr + p_tile)
         b_m = tl.full([BM], float("-inf"), tl.float32)
         b_l = tl.zeros([BM], tl.float32)
         b_acc = tl.zeros([BM, DVP], tl.float32)
-        PARTS: tl.constexpr = SELECT // BN
+        PARTS: tl.constexpr = (SELECT + BN - 1) // BN
         for i in range(0, count * PARTS):
-            u = i // PARTS
-            s = tl.load(blocks_ptr + p_tile * U + u) * SELECT + (i % PARTS) * BN
-            bits = tl.load(bits_ptr + p_tile * (U + 1) + u + 1) - tl.load(
-                bits_ptr + p_tile * (U + 1) + u
-            )
+            part = (i % PARTS) * BN
+            if ALL:
+                s = i // PARTS * SELECT + part
+                limit = position
+            else:
+                block, limit = chosen_block(
+                    blocks_ptr, bits_ptr, p_tile, i // PARTS, position, o_q, U
+                )
+                s = block * SELECT + part
             m_n = s + o_n <= last
+            if SELECT % BN:
+                m_n &= part + o_n < SELECT
             b_k = tl.load(
                 k_slc_ptr + o_k + (k_0 + s) * K * DK, mask=m_dk[:, None] & m_n[None, :], other=0.0
             )
             b_v = tl.load(
                 v_slc_ptr + o_v + (k_0 + s) * K * DV, mask=m_n[:, None] & m_dv[None, :], other=0.0
             )
-            m_member = ((bits >> o_q.to(tl.int64)) & 1) != 0
-            limit = tl.where(m_member, position, -1)
-            b_s = tl.dot(b_q, b_k) * scale_log2
-            b_s = tl.where((s + o_n)[None, :] <= limit[:, None], b_s, float("-inf"))
+            m_see = (s + o_n)[None, :] <= limit[:, None]
+            if SELECT % BN:
+                m_see &= m_n[None, :]
+            b_s = tl.dot(b_q, b_k, input_precision="ieee") * scale_log2
+            b_s = tl.where(m_see, b_s, float("-inf"))
             b_p, b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc)
-            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc)
+            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
         b_o = b_acc / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
         if SAVE:
             tl.store(o_slc_ptr + p_o, b_o.to(o_slc_ptr.dtype.element_ty), mask=m_o)
             tl.store(lse_slc_ptr + p_row, (b_m + tl.log2(b_l)) * 0.6931471805599453, mask=m_row)
-        if COMBINE:
-            b_out += (
-                tl.load(gates_ptr + p_row * 3 + 1, mask=m_row, other=0.0).to(tl.float32)[:, None]
-                * b_o
-            )
+        elif COMBINE:
+            # Kept in memory while the window runs: in registers it would halve the occupancy.
+            tl.store(o_ptr + p_o, b_o.to(o_ptr.dtype.element_ty), mask=m_o)
 
     if WIN:
         b_m = tl.full([BM], float("-inf"), tl.float32)
@@ -134,21 +140,20 @@ def selected_window_fwd_kernel(
                 v_win_ptr + o_v + (k_0 + s) * K * DV, mask=m_n[:, None] & m_dv[None, :], other=0.0
             )
             b_age = position[:, None] - (s + o_n)[None, :]
-            b_s = tl.dot(b_q, b_k) * scale_log2
+            b_s = tl.dot(b_q, b_k, input_precision="ieee") * scale_log2
             b_s = tl.where((b_age >= 0) & (b_age < WINDOW), b_s, float("-inf"))
             b_p, b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc)
-            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc)
+            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
         b_o = b_acc / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
         if SAVE:
             tl.store(o_win_ptr + p_o, b_o.to(o_win_ptr.dtype.element_ty), mask=m_o)
             tl.store(lse_win_ptr + p_row, (b_m + tl.log2(b_l)) * 0.6931471805599453, mask=m_row)
         if COMBINE:
-            b_out += (
-                tl.load(gates_ptr + p_row * 3 + 2, mask=m_row, other=0.0).to(tl.float32)[:, None]
-                * b_o
-            )
-
-    if COMBINE:
-        b_g = tl.load(gates_ptr + p_row * 3, mask=m_row, other=0.0).to(tl.float32)
-        b_out += b_g[:, None] * tl.load(o_cmp_ptr + p_o, mask=m_o, other=0.0).to(tl.float32)
-        tl.store(o_ptr + p_o, b_out.to(o_ptr.dtype.element_ty), mask=m_o)
+            p_slc = o_slc_ptr if SAVE else o_ptr
+            tl.debug_barrier()  # The store above is read back, perhaps by other threads.
+            b_o *= tl.load(gates_ptr + p_row * 3 + 2, mask=m_row, other=0.0).to(tl.float32)[:, None]
+            b_g = tl.load(gates_ptr + p_row * 3, mask=m_row, other=0.0).to(tl.float32)
+            b_o += b_g[:, None] * tl.load(o_cmp_ptr + p_o, mask=m_o, other=0.0).to(tl.float32)
+            b_g = tl.load(gates_ptr + p_row * 3 + 1, mask=m_row, other=0.0).to(tl.float32)
+            b_o += b_g[:, None] * tl.load(p_slc + p_o, mask=m_o, other=0.0).to(tl.float32)
+            tl.store(o_ptr + p_o, b_o.to(o_ptr.dtype.element_ty), mask=m_o)

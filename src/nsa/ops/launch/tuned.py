@@ -1,0 +1,70 @@
+"""Tile sizes of each kernel: measured ones from ``kernels/tuned``, safe ones otherwise.
+
+``nsa bench tune`` writes the tables; nothing is tuned on a user's machine. A table lists, for each
+kernel, entries of ``{"key_dim", "value_dim", "group", "tile": [BM, BN, num_warps, num_stages]}``.
+Dims and group are padded to powers of two; a group of 0 stands for any.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Kernels that walk lists of blocks with one membership bit per token of the tile.
+WITH_BITS = ("selected_window_fwd", "dq")
+MAX_TOKENS = 64  # Bits of an int64.
+
+
+class Tile(NamedTuple):
+    """Query rows and keys of a step, and how the compiler schedules it."""
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+
+def tile(kernel: str, sizes: dict[str, int], like: Tensor) -> Tile:
+    """The tile of a kernel for head dims, group size, dtype and device.
+
+    Args:
+        kernel: name in the table.
+        sizes: ``GP``, ``DKP`` and ``DVP`` as ``nsa.ops.launch.tiles.heads`` gives them.
+        like: a tensor of the dtype and on the device that the kernel runs with.
+    """
+    found = _measured(kernel, sizes, like) or _safe(sizes, like)
+    rows = max(found.BM, sizes["GP"])
+    if kernel in WITH_BITS:
+        rows = min(rows, MAX_TOKENS * sizes["GP"])
+    return found._replace(BM=rows)
+
+
+def _measured(kernel: str, sizes: dict[str, int], like: Tensor) -> Tile | None:
+    if like.element_size() != 2 or not like.is_cuda:
+        return None
+    major, _ = torch.cuda.get_device_capability(like.device)
+    for entry in table(f"sm{major}0").get(kernel, []):
+        fits = entry["key_dim"] == sizes["DKP"] and entry["value_dim"] == sizes.get("DVP", 0)
+        if fits and entry["group"] in (0, sizes["GP"]):
+            return Tile(*entry["tile"])
+    return None
+
+
+def _safe(sizes: dict[str, int], like: Tensor) -> Tile:
+    """Fits the 99 KiB of shared memory of the smallest supported GPUs."""
+    bytes_per_row = max(sizes["DKP"], sizes.get("DVP", 0)) * like.element_size()
+    if bytes_per_row <= 256:
+        return Tile(64, 32, 4, 2)
+    return Tile(32, 32, 4, 2) if bytes_per_row <= 512 else Tile(16, 16, 4, 1)
+
+
+@cache
+def table(arch: str) -> dict[str, list[dict]]:
+    """The launch table of an architecture, empty if there is none."""
+    path = files("nsa.kernels") / "tuned" / f"{arch}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
