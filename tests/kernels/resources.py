@@ -1,0 +1,301 @@
+"""What every kernel costs on a GPU that need not be here: compiles launches ahead of time.
+
+``python tests/kernels/resources.py`` writes ``resources.json`` anew. Review its change like code:
+more registers mean fewer programs on a multiprocessor, a stack means spilled registers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from nsa import NSAConfig
+from nsa.ops import launch
+from nsa.ops.launch import tuned
+from nsa.ops.launch.compress_kv import compress_bwd, compress_fwd
+
+RECORDED = Path(__file__).with_name("resources.json")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# Shared memory that one program may take, in bytes.
+MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024}
+# Tensor core instructions: of Hopper's warp groups, and of a warp, which reach half the rate there.
+WGMMA = re.compile(r"\bwgmma\.mma_async\b")
+MMA = re.compile(r"\bmma\.sync\b")
+OPTIONS = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """Sizes of an attention layer whose launches are compiled."""
+
+    heads: tuple[int, int]
+    dims: tuple[int, int]
+    dtype: torch.dtype = torch.bfloat16
+    seq_len: int = 65536
+    packed: bool = False
+    config: NSAConfig = field(default_factory=NSAConfig.paper)
+
+
+# The paper's shape; it at the width that dense kernels support; and, without groups, tiles of many
+# tokens, packed.
+LAYERS = {
+    "paper-d128": Layer(heads=(64, 4), dims=(128, 128)),
+    "paper": Layer(heads=(64, 4), dims=(192, 128)),
+    "group1-d64-packed": Layer(heads=(8, 8), dims=(64, 64), packed=True),
+}
+TRAINING = ("compress", "compress-backward", "forward", "backward")
+ALONE = (
+    "mean",
+    "mean-backward",
+    "inference",
+    "selected",
+    "window",
+    "compressed-backward",
+    "selected-backward",
+    "window-backward",
+)
+# For each layer and architecture, the steps that are compiled.
+COMPILED = {
+    ("paper-d128", 90): (*TRAINING, *ALONE),
+    ("paper-d128", 80): TRAINING,
+    ("paper", 90): (*TRAINING, *ALONE),
+    ("group1-d64-packed", 90): TRAINING,
+}
+
+
+class Launch(NamedTuple):
+    """A kernel and the arguments it was started with."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+
+
+class Resources(NamedTuple):
+    """What one program takes; bytes, and instructions as written in PTX."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    wgmma: int
+    mma: int
+
+
+@contextmanager
+def recording(launches: list[Launch]) -> Iterator[None]:
+    """Appends launches to a list instead of starting them."""
+
+    def record(self: JITFunction, *, grid: object, warmup: bool, **arguments: Any) -> None:
+        launches.append(Launch(self, arguments))
+
+    with mock.patch.object(JITFunction, "run", record):
+        yield
+
+
+@cache
+def kernels(layer: str, capability: int) -> dict[str, Launch]:
+    """Every kernel of a layer that is compiled for an architecture, by ``step/kernel``.
+
+    A kernel that two steps start alike belongs to the first; one that a step starts in several ways
+    has a number after its name.
+    """
+    steps = COMPILED[layer, capability]
+    found: dict[str, Launch] = {}
+    ways: set[str] = set()
+    with tiles_of(capability):
+        all_launches = _steps(LAYERS[layer])
+    for step, launches in all_launches.items():
+        for item in launches if step in steps else ():
+            way = repr((item.kernel.__name__, *_specialization(item), _options(item)))
+            if way not in ways:
+                ways.add(way)
+                name = f"{step}/{item.kernel.__name__}"
+                count = sum(key.split(" ")[0] == name for key in found)
+                found[name if count == 0 else f"{name} {count + 1}"] = item
+    return found
+
+
+@contextmanager
+def tiles_of(capability: int) -> Iterator[None]:
+    """Lets launches take the tiles that they take on a GPU of ``sm_<capability>``."""
+    find = tuned._measured
+
+    def measured(kernel: str, sizes: dict[str, int], like: Tensor) -> tuned.Tile | None:
+        on_gpu = SimpleNamespace(element_size=like.element_size, is_cuda=True, device=like.device)
+        return find(kernel, sizes, cast(Tensor, on_gpu))
+
+    capabilities = mock.patch.object(
+        torch.cuda, "get_device_capability", return_value=divmod(capability, 10)
+    )
+    with mock.patch.object(tuned, "_measured", measured), capabilities:
+        yield
+
+
+def _steps(layer: Layer) -> dict[str, list[Launch]]:
+    """Launches of training a layer, of its forward alone, and of each branch alone."""
+    q, do, gates, k, v, k_cmp, v_cmp = _inputs(layer)
+    config = layer.config
+    compress = {
+        "compress_block_size": config.compress_block_size,
+        "compress_stride": config.compress_stride,
+    }
+    cu_seqlens = torch.empty(9, dtype=torch.int32, device="meta") if layer.packed else None
+    common: dict[str, Any] = {"cu_seqlens": cu_seqlens, "softmax_scale": q.shape[-1] ** -0.5}
+    steps: dict[str, list[Launch]] = {}
+    for name, weights in (("compress", True), ("mean", False)):
+        for x, dx in ((k, k_cmp), (v, v_cmp)):
+            given = _weights(x, config.compress_block_size) if weights else (None, None, None)
+            where = {"cu_seqlens": cu_seqlens, "kind": "mlp" if weights else "mean", **compress}
+            with recording(steps.setdefault(name, [])):
+                compress_fwd(x, *given, **where)
+            with recording(steps.setdefault(f"{name}-backward", [])):
+                compress_bwd(dx, x, *given, **where)
+    inputs = (q, k_cmp, v_cmp, k, v, k, v, gates)
+    whole = {"config": config, **common}
+    with recording(steps.setdefault("forward", [])):
+        _, *saved = launch.nsa_attention_fwd(*inputs, **whole)
+    with recording(steps.setdefault("backward", [])):
+        launch.nsa_attention_bwd(do, *inputs, tuple(saved), **whole)
+    with recording(steps.setdefault("inference", [])):
+        launch.nsa_attention_fwd(*inputs, **whole, save=False)
+    chosen, o_cmp, lse_cmp, o, lse, _, _ = saved
+    slc, win = {"block_size": config.block_size}, {"window_size": config.window_size}
+    with recording(steps.setdefault("compressed-backward", [])):
+        launch.compressed_attention_bwd(
+            do, lse_cmp, q, k_cmp, v_cmp, o_cmp, lse_cmp, **compress, **common
+        )
+    with recording(steps.setdefault("selected", [])):
+        launch.selected_attention_fwd(q, k, v, chosen, **slc, **common)
+    with recording(steps.setdefault("selected-backward", [])):
+        launch.selected_attention_bwd(do, None, q, k, v, chosen, o, lse, **slc, **common)
+    with recording(steps.setdefault("window", [])):
+        launch.window_attention_fwd(q, k, v, **win, **common)
+    with recording(steps.setdefault("window-backward", [])):
+        launch.window_attention_bwd(do, None, q, k, v, o, lse, **win, **common)
+    return steps
+
+
+def _weights(x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of an "mlp" compressor."""
+    num_kv_heads, dim = x.shape[-2:]
+    return (
+        x.new_empty(num_kv_heads, block, dim),
+        x.new_empty(dim, block * dim),
+        x.new_empty(dim, dim),
+    )
+
+
+def _inputs(layer: Layer) -> list[Tensor]:
+    """q, do, gates, k, v, k_cmp, v_cmp: only their shapes and dtypes are real."""
+    (num_heads, num_kv_heads), (key_dim, value_dim) = layer.heads, layer.dims
+    config, seq_len = layer.config, layer.seq_len
+    rows = (seq_len,) if layer.packed else (1, seq_len)
+    slots = (
+        (seq_len // config.compress_stride,)
+        if layer.packed
+        else (1, config.num_compressed(seq_len))
+    )
+    shapes = [(*rows, num_heads, dim) for dim in (key_dim, value_dim, 3)]
+    shapes += [
+        (*where, num_kv_heads, dim) for where in (rows, slots) for dim in (key_dim, value_dim)
+    ]
+    return [torch.empty(shape, dtype=layer.dtype, device="meta") for shape in shapes]
+
+
+def _specialization(
+    item: Launch,
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
+    """Types, constants and attributes as Triton derives them from the arguments of a launch."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list] = {}
+    for i, parameter in enumerate(item.kernel.params):
+        value, name = item.arguments[parameter.name], parameter.name
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
+            aligned = value.storage_offset() * value.element_size() % 16 == 0
+            attributes |= {(i,): ALIGNED} if aligned else {}
+        elif type(value) is int:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            attributes |= {(i,): ALIGNED} if value % 16 == 0 else {}
+        elif type(value) is bool:
+            signature[name] = "u1"
+        else:
+            assert type(value) is float, f"{name}: no rule for {value!r}"
+            signature[name] = "fp32"
+    return signature, constants, attributes
+
+
+ALIGNED = [["tt.divisibility", 16]]
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def compile_launch(item: Launch, capability: int) -> Resources:
+    """Compiles for ``sm_<capability>`` and reads what the machine code takes."""
+    signature, constants, attributes = _specialization(item)
+    source = ASTSource(item.kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options=_options(item))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        shown = subprocess.run(
+            [str(CUOBJDUMP), "--dump-resource-usage", cubin.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", shown)
+    assert found is not None, f"cuobjdump printed no resources: {shown}"
+    registers, stack, local = map(int, found.groups())
+    wgmma, mma = (len(kind.findall(compiled.asm["ptx"])) for kind in (WGMMA, MMA))
+    return Resources(registers, stack, local, compiled.metadata.shared, wgmma, mma)
+
+
+def _options(item: Launch) -> dict[str, int]:
+    return {name: item.arguments[name] for name in OPTIONS if name in item.arguments}
+
+
+def record() -> None:
+    """Compiles everything, prints what it takes and writes the table."""
+    table: dict[str, dict[str, int]] = {}
+    for layer, capability in COMPILED:
+        for name, item in kernels(layer, capability).items():
+            found = compile_launch(item, capability)
+            table[f"{layer}/sm_{capability}/{name}"] = found._asdict()
+            print(f"{layer}/sm_{capability}/{name}: {found}", flush=True)
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
+    version = json.dumps(triton.__version__)
+    temporary = RECORDED.with_suffix(".tmp")
+    text = f'{{\n "triton": {version},\n "kernels": {{\n{rows}\n }}\n}}\n'
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(RECORDED)
+
+
+if __name__ == "__main__":
+    record()

@@ -1,0 +1,99 @@
+"""Ahead of time, without a GPU: kernels compile, keep what they hold in registers, and fit.
+
+The table beside this file says what each kernel takes. Any difference fails: if it is meant, run
+``python tests/kernels/resources.py`` and commit the table with the change that caused it.
+"""
+
+import json
+
+import pytest
+import torch
+import triton
+from tests.kernels.resources import (
+    COMPILED,
+    MAX_SHARED,
+    RECORDED,
+    Launch,
+    Resources,
+    compile_launch,
+    kernels,
+    recording,
+)
+from triton import language as tl
+
+TABLE = json.loads(RECORDED.read_text(encoding="utf-8"))
+KERNELS = {name: Resources(**row) for name, row in TABLE["kernels"].items()}
+RENEW = "run python tests/kernels/resources.py and commit the table"
+same_compiler = pytest.mark.skipif(
+    triton.__version__ != TABLE["triton"],
+    reason=f"recorded with Triton {TABLE['triton']}; another compiler, other registers",
+)
+
+# Kernels that hold more than 255 registers a thread today. The list may only become shorter.
+SPILLING = {
+    "paper-d128/sm_90/backward/dq_kernel",
+    "paper-d128/sm_90/backward/range_dkv_kernel",
+    "paper-d128/sm_90/compressed-backward/range_dkv_kernel",
+    "paper-d128/sm_80/compress-backward/hidden_kernel",
+    "paper/sm_90/backward/range_dkv_kernel",
+    "paper/sm_90/compressed-backward/range_dkv_kernel",
+    "paper/sm_90/selected-backward/selected_dkv_kernel",
+}
+
+
+def test_the_table_has_every_kernel_that_is_launched():
+    launched = {
+        f"{layer}/sm_{capability}/{name}"
+        for layer, capability in COMPILED
+        for name in kernels(layer, capability)
+    }
+    assert launched == set(KERNELS), RENEW
+
+
+@same_compiler
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_takes_what_is_recorded(name):
+    layer, target, kernel = name.split("/", 2)
+    capability = int(target.removeprefix("sm_"))
+    item = kernels(layer, capability).get(kernel)
+    assert item is not None, f"no longer launched: {RENEW}"
+    found = compile_launch(item, capability)
+    assert found == KERNELS[name], RENEW
+    assert found.shared <= MAX_SHARED[capability]
+
+
+def test_no_other_kernel_spills():
+    spilling = {name for name, row in KERNELS.items() if row.stack or row.local}
+    assert spilling == SPILLING
+
+
+def test_products_run_on_tensor_cores():
+    products = ("attention_fwd", "block_scores", "dq", "dkv", "hidden", "weight_gradients")
+    for name, row in KERNELS.items():
+        kernel = name.rsplit("/", 1)[1].split(" ")[0].removesuffix("_kernel")
+        if kernel.endswith(products):
+            assert row.wgmma + row.mma > 0, name
+        if "/sm_80/" in name:
+            assert row.wgmma == 0, name
+
+
+@triton.jit
+def _greedy_kernel(x_ptr, COUNT: tl.constexpr):
+    """Holds COUNT values a thread at once, so that they cannot all be in registers."""
+    offsets = tl.arange(0, COUNT)
+    values = tl.load(x_ptr + offsets)
+    tl.store(x_ptr + offsets, values * tl.sum(values, 0))
+
+
+def test_a_spill_is_seen():
+    x = torch.empty(16384, dtype=torch.float32, device="meta")
+    item = Launch(_greedy_kernel, {"x_ptr": x, "COUNT": 16384, "num_warps": 1})
+    assert compile_launch(item, 90).stack > 0
+
+
+def test_recording_starts_nothing():
+    x = torch.empty(4, device="meta")
+    launches = []
+    with recording(launches):
+        _greedy_kernel[(1,)](x_ptr=x, COUNT=4)
+    assert [item.arguments for item in launches] == [{"x_ptr": x, "COUNT": 4}]
