@@ -90,7 +90,7 @@ def hidden_kernel(
     o_f = tl.program_id(1) * BF + tl.arange(0, BF)
     o_k = tl.arange(0, BK)
     head = o_m % K
-    m_m = o_m < num * K
+    m_m = o_m // K < num
     m_f = (o_f < F)[None, :]
     first = tl.load(table_ptr + o_m // K, mask=m_m, other=-1)
     m_row = (first >= 0)[:, None]
@@ -111,6 +111,7 @@ def hidden_kernel(
     m_out = m_m[:, None] & m_f
     tl.store(out_ptr + p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_out)
     if GRAD:
+        b_slope = b_gate * (1.0 + b_hidden * (1.0 - b_gate))
         b_dact = tl.zeros([BM, BF], tl.float32)
         for c in range(0, D, BK):
             m_k = c + o_k < D
@@ -123,9 +124,8 @@ def hidden_kernel(
                 w2_ptr + (c + o_k)[:, None] * F + o_f[None, :], mask=m_k[:, None] & m_f, other=0.0
             )
             b_dact = tl.dot(b_dout, b_w, b_dact, input_precision="ieee")
-        b_dhidden = b_dact * (b_gate * (1.0 + b_hidden * (1.0 - b_gate)))
-        b_dhidden = tl.where(m_row, b_dhidden, 0.0).to(dhidden_ptr.dtype.element_ty)
-        tl.store(dhidden_ptr + p_out, b_dhidden, mask=m_out)
+        b_dhidden = tl.where(m_row, b_dact * b_slope, 0.0)
+        tl.store(dhidden_ptr + p_out, b_dhidden.to(dhidden_ptr.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def mean_kernel(
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     head = o_m % K
-    m_m = o_m < num * K
+    m_m = o_m // K < num
     m_c = (o_c < D)[None, :]
     first = tl.load(table_ptr + o_m // K, mask=m_m, other=-1)
     m_row = (first >= 0)[:, None]
@@ -214,7 +214,7 @@ def token_gradients_kernel(
     o_c = tl.program_id(1) % TILES * BC + tl.arange(0, BC)
     piece = o_m // K
     head = o_m % K
-    m_m = o_m < num * K
+    m_m = o_m // K < num
     m_c = (o_c < D)[None, :]
     first = tl.load(table_ptr + piece, mask=m_m, other=-1)
     index = tl.load(table_ptr + num + piece, mask=m_m, other=-1)
@@ -279,9 +279,9 @@ def weight_gradients_kernel(
     m_f = (o_f < F)[None, :]
     m_c = (o_c < D)[None, :]
     b_sum = tl.zeros([BF, BC], tl.float32)
-    for m in range(i_part * segment, tl.minimum((i_part + 1) * segment, num * K), BM):
+    for m in range(i_part * segment, (i_part + 1) * segment, BM):
         o_m = m + tl.arange(0, BM)
-        first = tl.load(table_ptr + o_m // K, mask=o_m < num * K, other=-1)
+        first = tl.load(table_ptr + o_m // K, mask=o_m // K < num, other=-1)
         m_row = (first >= 0)[:, None]
         p_x = (first + s) * K + o_m % K if BLOCKS else o_m
         b_g = tl.load(g_ptr + o_m[:, None] * F + o_f[None, :], mask=m_row & m_f, other=0.0)
