@@ -253,7 +253,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, do, *_grads_of_saved):
-    tensors, (*saved, cu_seqlens) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+    # Unpacked once: activation checkpointing refuses a second time.
+    *tensors, cu_seqlens = ctx.saved_tensors
+    tensors, saved = tensors[:8], tensors[8:]
     grads = nsa_attention_bwd(do, *tensors, saved, cu_seqlens, *ctx.constants)
     return *grads, *[None] * (1 + len(ctx.constants))
 
