@@ -146,6 +146,13 @@ def test_other_caches_are_refused(kind):
         small_model().generate(random_ids(1, 5), max_new_tokens=2, cache_implementation=kind)
 
 
+@pytest.mark.parametrize("attention", ["nsa", "dense"])
+def test_continuous_batching_is_refused(attention):
+    model = small_model(attention=attention)
+    with pytest.raises(NotImplementedError, match=r"generate_batch: .* not supported\. Call gen"):
+        model.generate_batch([[1, 2, 3]])
+
+
 def test_another_models_cache_is_refused():
     dense = small_model(attention="dense")
     cache = dense(random_ids(1, 5), use_cache=True).past_key_values

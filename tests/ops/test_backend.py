@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nsa.ops import window_attention
-from nsa.ops.backend import no_kernel, resolve_backend
+from nsa.ops.backend import implementation, resolve_backend
 
 CPU = torch.zeros(1)
 
@@ -25,8 +25,44 @@ def test_a_gpu_runs_the_kernels():
 
 def test_the_argument_wins_over_the_environment(monkeypatch):
     monkeypatch.setenv("NSA_BACKEND", "kernel")
-    assert resolve_backend(CPU, None) == "kernel"
     assert resolve_backend(CPU, "reference") == "reference"
+
+
+def test_the_environment_wins_over_the_device(monkeypatch):
+    monkeypatch.setenv("NSA_BACKEND", "kernel")
+    with pytest.raises(
+        ValueError, match=r"^NSA_BACKEND: expected CUDA tensors .* got cpu\..*'reference'"
+    ):
+        resolve_backend(CPU, None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_backend(CPU, None) == "kernel"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        pytest.param(
+            CPU.double(), "take bfloat16, float16 and float32 tensors, got float64", id="dtype"
+        ),
+        pytest.param(torch.zeros(1, 257), "take head dims up to 256, got 257", id="head-dim"),
+    ],
+)
+def test_what_the_kernels_cannot_take_says_what_to_do(monkeypatch, tensor, message):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match=f"{message}.*NSA_BACKEND=reference"):
+        resolve_backend(tensor, "kernel")
+
+
+def test_without_triton_the_kernels_are_refused(monkeypatch):
+    monkeypatch.setattr("nsa.ops.backend.launch", None)
+    with pytest.raises(ValueError, match="need Triton, which is not installed"):
+        resolve_backend(CPU, "kernel")
+
+
+def test_both_implementations_hold_the_same_functions():
+    names = set(implementation("kernel").__all__)
+    assert names <= set(implementation("reference").__all__)
+    assert len(names) > 10
 
 
 def test_an_empty_variable_is_unset(monkeypatch):
@@ -40,14 +76,6 @@ def test_unknown_names_say_where_they_came_from(monkeypatch):
     monkeypatch.setenv("NSA_BACKEND", "triton")
     with pytest.raises(ValueError, match=r"^NSA_BACKEND: expected one of .*, got 'triton'"):
         resolve_backend(CPU, None)
-
-
-def test_a_missing_kernel_says_what_to_do():
-    error = no_kernel("window_attention")
-    assert isinstance(error, NotImplementedError)
-    assert str(error).startswith("window_attention: ")
-    assert "backend='reference'" in str(error)
-    assert "NSA_BACKEND=reference" in str(error)
 
 
 def test_the_environment_reaches_the_ops(monkeypatch):

@@ -1,13 +1,28 @@
 """The whole of eq. 5 through the public op: values, all gradients, tracing, and its checks."""
 
 import shutil
+from dataclasses import astuple
 
 import pytest
 import torch
-from tests.cases import CASES, NSA_INPUTS, SMALL, Case, check_nsa_attention
+from tests.cases import (
+    CASES,
+    NSA_INPUTS,
+    SMALL,
+    Case,
+    check_nsa_attention,
+    values_and_gradients,
+)
 from tests.ops import contract
 
 from nsa.ops import CompressorWeights, compress_kv, nsa_attention
+from nsa.ops.nsa_attention import (
+    LISTS,
+    NOTHING,
+    OUTPUTS,
+    nsa_attention_bwd,
+    nsa_attention_fwd,
+)
 
 
 def _tensors(case):
@@ -73,6 +88,53 @@ def test_compiles_with_inductor():
     compiled = torch.compile(_function(case), fullgraph=True)
     tensors = _tensors(case).values()
     torch.testing.assert_close(compiled(*tensors), _function(case)(*tensors), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", [NOTHING, LISTS, OUTPUTS])
+@pytest.mark.parametrize("case", contract.CASES, ids=lambda case: case.name)
+def test_custom_ops(case, keep):
+    where = case.where()
+    common = (
+        where["cu_seqlens"],
+        list(astuple(case.config)),
+        where["softmax_scale"],
+        where["q_offset"],
+        keep,
+        "reference",
+    )
+    tensors = list(_tensors(case).values())
+    if keep == OUTPUTS:
+        contract.check_forward(nsa_attention_fwd, *tensors, *common)
+    o, *saved = nsa_attention_fwd(*tensors, *common)
+    if keep == NOTHING:
+        assert not any(x.numel() for x in saved)
+    else:
+        contract.check_backward(nsa_attention_bwd, torch.randn_like(o), *tensors, saved, *common)
+
+
+def test_recomputing_gives_the_same_gradients_and_keeps_less():
+    case = Case(name="", lengths=(40,))
+    kept = {}
+
+    def function(recompute):
+        def run(*tensors):
+            sizes = []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: sizes.append(x.numel()) or x, lambda x: x
+            ):
+                o = nsa_attention(*tensors, config=SMALL, recompute=recompute)
+            kept[recompute] = sum(sizes)
+            return o
+
+        return run
+
+    plain, again = (
+        values_and_gradients(function(recompute), _tensors(case), seed=0)
+        for recompute in (False, True)
+    )
+    for name, x in plain.items():
+        assert torch.equal(x, again[name]), name
+    assert kept[False] - kept[True] == 3 * plain["out0"].numel()
 
 
 def _bad(**changes):

@@ -157,6 +157,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, do, dlse):
     *tensors, cu_seqlens = ctx.saved_tensors
+    if do is None:
+        do = torch.zeros_like(tensors[-2])
     grads = selected_attention_bwd(do, dlse, *tensors, cu_seqlens, *ctx.constants)
     return *grads, *[None] * (2 + len(ctx.constants))
 
