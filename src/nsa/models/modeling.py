@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -324,6 +324,13 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
             )
         prepare = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
         return prepare(generation_config, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Where ``generate_batch`` begins: its paged cache has no place for compressed keys."""
+        raise NotImplementedError(
+            "generate_batch: continuous batching is not supported. Call generate, with the prompts "
+            "padded on the left."
+        )
 
     @can_return_tuple
     def forward(
