@@ -79,7 +79,9 @@ def compress_bwd(
         # Whatever came for the slots no sequence fills must not reach a sum.
         dout = torch.where((blocks.table[0] >= 0).view(-1, 1, 1), dout, 0)
     if kind == "mean":
-        return _token_gradients(x, blocks, pieces, dout=dout), given[0], given[1], given[2]
+        # Without a product this only moves memory: small tiles keep more of it in flight.
+        dx = _token_gradients(x, blocks, pieces, dout=dout, BM=32)
+        return dx, given[0], given[1], given[2]
     assert pe is not None, f"kind {kind!r} needs pe"
     assert w1 is not None, f"kind {kind!r} needs w1"
     if kind == "gated":
@@ -385,7 +387,7 @@ def _gated_fwd(
     out: Tensor,
     lse: Tensor | None = None,
     BM=64,
-    num_warps=4,
+    num_warps=8,
     num_stages=2,
 ) -> None:
     """Fills ``out``, and ``lse`` if given."""
@@ -409,7 +411,7 @@ def _gated_fwd(
         BM=BM,
         BC=BC,
         SAVE=lse is not None,
-        num_warps=num_warps,
+        num_warps=4 if x.dtype == torch.float32 else num_warps,
         num_stages=num_stages,
     )
 
