@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tests.models.tokenizer import character_tokenizer
 from transformers import (
     GPT2Config,
@@ -387,16 +388,24 @@ def test_bad_folders(tmp_path: Path):
         convert_folder(tmp_path / "nothing", tmp_path)
 
 
-def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(OSError("No space left on device"), id="system"),
+        # What safetensors makes of a full disk is no OSError.
+        pytest.param(SafetensorError("I/O error: No space left on device"), id="safetensors"),
+    ],
+)
+def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch, error):
     llama().save_pretrained(tmp_path / "dense")
     character_tokenizer().save_pretrained(tmp_path / "dense")
 
     def full(self, folder):
         Path(folder).mkdir()
-        raise OSError("No space left on device")
+        raise error
 
     monkeypatch.setattr(NSAForCausalLM, "save_pretrained", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"output: could not write .*sparse .*No space left.*nothing"):
         convert_folder(tmp_path / "dense", tmp_path / "sparse", config=GEOMETRY)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 

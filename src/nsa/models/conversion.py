@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -167,6 +168,7 @@ def convert_folder(
     Raises:
         FileNotFoundError: as ``convert_from_dense``.
         ValueError: ``output`` exists; and as ``convert_from_dense``.
+        OSError: the new folder cannot be written; nothing is left of it.
     """
     target = Path(output)
     if target.exists():
@@ -186,6 +188,10 @@ def convert_folder(
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
         staged.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"output: could not write {target} ({error}); nothing is left there."
+        ) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return report
