@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from nsa import __version__
+from nsa.bench.commands import Device, bench_app, pick_device
 
 app = typer.Typer(
     name="nsa",
@@ -22,19 +23,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 # What a command raises when its input or the machine is at fault; all else is a bug of ours and
 # shows its traceback, as does an ImportError that does not name an extra to install.
 USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
 
-RESULTS = Path("results/ops.jsonl")
-
 Model = Annotated[Path, typer.Option("--model", help="Folder of a trained model.")]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1 ...; a GPU if there is one by default.")
-]
 MaxNewTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens to write at most; 200 by default.")
 ]
@@ -79,24 +74,6 @@ def _options(
     ] = False,
 ) -> None:
     """Options of `nsa` itself."""
-
-
-def pick_device(name: str | None) -> torch.device:
-    """``name`` as a device that is there; a GPU if there is one, else the CPU, if None.
-
-    Raises:
-        ValueError: PyTorch does not know the name or does not see the device.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device: expected cpu, cuda, cuda:1 ..., got {name!r}.") from error
-    seen = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= seen:
-        raise ValueError(f"--device: got {name!r}, but PyTorch sees {seen} CUDA devices here.")
-    return device
 
 
 @app.command()
@@ -178,76 +155,6 @@ def env(device: Device = None) -> None:
     from nsa.bench import environment
 
     environment.show(Console(), pick_device(device))
-
-
-@bench_app.command("ops")
-def bench_ops(
-    operation: Annotated[list[str] | None, typer.Option(help="All by default.")] = None,
-    provider: Annotated[list[str] | None, typer.Option(help="All that run here.")] = None,
-    mode: Annotated[list[str] | None, typer.Option(help="forward, backward; both.")] = None,
-    workload: Annotated[list[str] | None, typer.Option(help="random, local; both.")] = None,
-    shape: Annotated[str | None, typer.Option(help="tiny, laptop, paper-d128 or paper.")] = None,
-    seq_len: Annotated[list[int] | None, typer.Option(help="Tokens; the shape's list.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 on CUDA, else float32.")] = None,
-    device: Device = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Seconds: tiny, few repeats.")] = False,
-    output: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
-) -> None:
-    """Time every operation against its alternatives, after checking that each is right.
-
-    Options that name several things may be repeated. A provider whose result is wrong gets no
-    numbers, and the command ends with exit code 1.
-    """
-    from nsa.bench.run import Plan, run_and_report
-
-    plan = Plan(
-        device=pick_device(device),
-        operations=tuple(operation or ()),
-        providers=tuple(provider or ()),
-        modes=tuple(mode or ()),
-        workloads=tuple(workload or ()),
-        shape=shape,
-        seq_lens=tuple(seq_len or ()),
-        dtype=dtype,
-        quick=quick,
-    )
-    if not run_and_report(plan, output, Console()):
-        raise typer.Exit(1)
-
-
-@bench_app.command("table")
-def bench_table(
-    root: Annotated[Path, typer.Option(help="The checkout to refresh.")] = Path(),
-) -> None:
-    """Write the generated parts of README.md anew from results/ and the sources."""
-    from nsa.bench import readme
-
-    path = root / "README.md"
-    readme.write(path, root)
-    typer.echo(f"Refreshed {path}.")
-
-
-@bench_app.command("plot")
-def bench_plot(
-    results: Annotated[Path, typer.Option(help="JSON lines of `nsa bench ops`.")] = RESULTS,
-    output: Annotated[Path, typer.Option(help=".svg, .png or .pdf.")] = Path("ops.svg"),
-    shape: Annotated[str | None, typer.Option(help="Only this shape.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Only this dtype.")] = None,
-    device_name: Annotated[str | None, typer.Option(help="Only names with this in them.")] = None,
-) -> None:
-    """Draw time against length for each operation and provider."""
-    from nsa.bench.plot import plot
-    from nsa.bench.results import read
-
-    rows = [
-        row
-        for row in read(results)
-        if shape in (None, row["shape"])
-        and dtype in (None, row["dtype"])
-        and (device_name is None or device_name.lower() in row["device"].lower())
-    ]
-    plot(rows, output)
-    typer.echo(f"Wrote {output}.")
 
 
 @app.command()

@@ -1,7 +1,7 @@
 import matplotlib
 import pytest
 
-from nsa.bench.plot import plot
+from nsa.bench.plot import plot, plot_speedup
 
 
 def rows(**changes):
@@ -61,4 +61,54 @@ def test_the_picture_names_operations_providers_and_lengths(tmp_path):
 def test_bad_input_is_refused(tmp_path, given, name, message):
     with pytest.raises(ValueError, match=message):
         plot(given, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def layers():
+    """The layer and dense attention at two lengths, and at two group sizes."""
+    sizes = [("paper", 1024, 16), ("paper", 2048, 16), ("group-1", 2048, 1), ("group-8", 2048, 8)]
+    common = {"device": "a machine", "dtype": "float32", "mode": "forward", "workload": "local"}
+    made = []
+    for shape, seq_len, group in sizes:
+        where = {**common, "shape": shape, "seq_len": seq_len}
+        where |= {"num_heads": 32, "num_kv_heads": 32 // group}
+        ours = {"operation": "pipeline", "provider": "kernel", "compressor": "mlp", "p50_ms": 1.0}
+        dense = {"operation": "dense_attention", "provider": "cudnn", "compressor": None}
+        made += [where | ours, where | dense | {"p50_ms": 3.0}]
+    return made
+
+
+def test_the_speedup_picture_has_a_panel_for_lengths_and_one_for_groups(tmp_path):
+    output = tmp_path / "speedup.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nsa"}):
+        plot_speedup(layers(), output)
+        text = output.read_text()
+        plot_speedup(layers(), output)
+        assert output.read_text() == text
+    for part in (
+        "Speed-up over dense attention, a machine, float32",
+        "forward, mlp, local (kernel)",
+        "tokens",
+        "query heads that share keys",
+        "2,048",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "message"),
+    [
+        pytest.param(rows(), "a.svg", "expected the pipeline beside dense attention", id="none"),
+        pytest.param(
+            layers() + [row | {"dtype": "float16"} for row in layers()],
+            "a.svg",
+            "expected .* one device and dtype, got .*float16",
+            id="two-dtypes",
+        ),
+        pytest.param(layers(), "a.gif", r"output: expected \.svg, \.png or \.pdf", id="gif"),
+    ],
+)
+def test_a_speedup_picture_of_bad_input_is_refused(tmp_path, given, name, message):
+    with pytest.raises(ValueError, match=message):
+        plot_speedup(given, tmp_path / name)
     assert not list(tmp_path.iterdir())

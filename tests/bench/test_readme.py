@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from nsa.bench.readme import operations_table, refresh, source_tree, write
+from nsa.bench.readme import groups_table, operations_table, refresh, source_tree, write
 
 
 def row(**changes):
@@ -24,8 +24,13 @@ def row(**changes):
         "value_dim": 64,
         "torch": "2.13.0",
         "commit": "0123456789abcdef",
+        "geometry": [16, 16, 16, 8, 1, 2, 64],
+        "peak_memory_bytes": None,
     }
     return made | changes
+
+
+DENSE = {"operation": "dense_attention", "provider": "cudnn", "compressor": None}
 
 
 @pytest.fixture
@@ -39,10 +44,11 @@ def root(tmp_path):
     rows = [
         row(p50_ms=99.0),
         row(),
-        row(mode="backward", p50_ms=30.0),
-        row(operation="dense_attention", provider="sdpa", p50_ms=0.5),
+        row(mode="backward", p50_ms=30.0, peak_memory_bytes=3 << 29),
+        row(operation="dense_attention", provider="sdpa", compressor=None, p50_ms=6.17),
         row(seq_len=4096, p50_ms=1234.5),
         row(operation="window_attention"),
+        row(operation="shared_pipeline", provider="fla", seq_len=4096, p50_ms=1.0),
         row(seq_len=8192, quick=True),
     ]
     (tmp_path / "results" / "ops.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -60,21 +66,59 @@ def test_the_tree_has_a_line_for_each_package(root):
     ]
 
 
+HEAD = (
+    "| tokens | NSA mlp (reference, local) | dense (sdpa) | shared K/V, mean of 16 (fla, local) |"
+)
+
+
 def test_the_table_has_the_latest_numbers_of_the_layer_and_its_dense_rival(root):
-    assert operations_table(root).splitlines() == [
+    times, memory = operations_table(root).split(
+        "\n\nPeak memory of forward and backward on top of the inputs, GiB:\n\n"
+    )
+    assert times.splitlines() == [
         "a machine, float32, 4 query and 2 kv heads, widths 64 and 64, PyTorch 2.13.0: median ms, "
-        "forward / backward (commit 012345678).",
+        "forward / backward (times as fast as dense attention; commit 012345678).",
         "",
-        "| tokens | NSA (reference, local queries) | dense (sdpa) |",
-        "|---:|---:|---:|",
-        "| 2,048 | 12.3 / 30.0 | 0.500 / - |",
-        "| 4,096 | 1,230 / - | - / - |",
+        HEAD,
+        "|---:|---:|---:|---:|",
+        "| 2,048 | 12.3 / 30.0 (0.5x / -) | 6.17 / - | - / - |",
+        "| 4,096 | 1,230 / - | - / - | 1.00 / - |",
     ]
+    assert memory.splitlines() == [
+        HEAD,
+        "|---:|---:|---:|---:|",
+        "| 2,048 | 1.50 | - | - |",
+        "| 4,096 | - | - | - |",
+    ]
+
+
+def test_the_groups_table_has_a_line_for_each_group_size(root):
+    rows = [
+        row(shape=f"group-{size}", num_heads=32, num_kv_heads=32 // size, mode=mode, **changes)
+        for size in (8, 1)
+        for mode, changes in (
+            ("forward", {"p50_ms": 4.0}),
+            ("forward", {"p50_ms": 10.0 * size, **DENSE}),
+        )
+    ]
+    path = root / "results" / "ops.jsonl"
+    path.write_text(path.read_text() + "".join(json.dumps(r) + "\n" for r in rows))
+    assert groups_table(root).splitlines() == [
+        "a machine, float32, 32 query heads, 2,048 tokens, widths 64 and 64, PyTorch 2.13.0: "
+        "median ms, forward / backward (times as fast as dense attention; commit 012345678).",
+        "",
+        "| heads a group | NSA mlp (reference, local) | dense (cudnn) |",
+        "|---:|---:|---:|",
+        "| 1 | 4.00 / - (2.5x / -) | 10.0 / - |",
+        "| 8 | 4.00 / - (20.0x / -) | 80.0 / - |",
+    ]
+    assert "group" not in operations_table(root)
 
 
 def test_without_measurements_the_table_says_how_to_make_them(root):
     (root / "results" / "ops.jsonl").unlink()
     assert "run `nsa bench ops`" in operations_table(root)
+    assert "run `nsa bench ops`" in groups_table(root)
 
 
 def test_write_replaces_generated_parts_and_nothing_else(root):
@@ -90,6 +134,6 @@ def test_write_replaces_generated_parts_and_nothing_else(root):
 
 def test_an_unknown_part_is_refused(root):
     with pytest.raises(
-        ValueError, match="generated: expected one of tree, operations, got 'trees'"
+        ValueError, match="generated: expected one of tree, operations, groups, got 'trees'"
     ):
         refresh("<!-- generated: trees -->\n<!-- end: trees -->", root)

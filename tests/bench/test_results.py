@@ -4,7 +4,16 @@ import json
 import pytest
 from rich.console import Console
 
-from nsa.bench.results import COLUMNS, WIDE, append, latest, read, significant, terminal_table
+from nsa.bench.results import (
+    COLUMNS,
+    WIDE,
+    append,
+    latest,
+    read,
+    significant,
+    terminal_table,
+    with_speedup,
+)
 
 
 def row(**changes):
@@ -87,3 +96,25 @@ def test_a_problem_has_no_numbers():
 )
 def test_three_significant_digits(value, text):
     assert significant(value) == text
+
+
+def test_speedups_are_over_the_dense_attention_of_the_same_task():
+    dense = {"operation": "dense_attention", "compressor": None}
+    rows = [
+        row(p50_ms=2.0),
+        row(p50_ms=2.0, seq_len=4096),
+        row(p50_ms=2.0, mode="backward"),
+        row(p50_ms=6.0, provider="sdpa", **dense),
+        row(p50_ms=5.0, provider="cudnn", **dense),
+        row(p50_ms=9.0, provider="flash", **dense),
+        row(p50_ms=8.0, provider="sdpa", mode="backward", **dense),
+    ]
+    found = [made["speedup"] for made in with_speedup(rows)]
+    assert found == [2.5, None, 4.0, 5 / 6, 1.0, 5 / 9, 1.0]
+
+
+def test_the_wide_table_shows_speedups():
+    rows = [row(p50_ms=2.0), row(p50_ms=5.0, operation="dense_attention", provider="cudnn")]
+    console = Console(file=io.StringIO(), width=WIDE)
+    console.print(terminal_table(rows, WIDE))
+    assert "2.50x" in console.file.getvalue()

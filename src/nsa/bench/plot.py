@@ -1,10 +1,11 @@
-"""One picture of results: time against length, a panel for each operation and mode."""
+"""Pictures of results: times of each operation, and the layer's speed-up over dense attention."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from nsa.bench.results import Row, latest
+from nsa.bench.results import Row, latest, with_speedup
 
 try:
     from matplotlib.axes import Axes
@@ -26,8 +27,7 @@ def plot(rows: list[Row], output: Path) -> None:
     Raises:
         ValueError: there is nothing to plot, or the rows mix devices, dtypes or shapes.
     """
-    if output.suffix not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"output: expected .svg, .png or .pdf, got {output.name!r}.")
+    _check_suffix(output)
     rows = latest(rows)
     setups = sorted({(row["device"], row["dtype"], row["shape"]) for row in rows})
     if len(setups) != 1:
@@ -45,21 +45,103 @@ def plot(rows: list[Row], output: Path) -> None:
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     figure.suptitle(", ".join(str(part) for part in setups[0]))
+    _write(figure, output)
+
+
+def plot_speedup(rows: list[Row], output: Path) -> None:
+    """Writes how many times as long dense attention takes as the whole layer.
+
+    One panel against the length, for each shape measured at several; one against the number of
+    query heads that share keys, if the "group" shapes were measured.
+
+    Args:
+        rows: results of one device and dtype, with dense attention of the same lengths.
+        output: ``.svg``, ``.png`` or ``.pdf``.
+
+    Raises:
+        ValueError: there is nothing to plot, or the rows mix devices or dtypes.
+    """
+    _check_suffix(output)
+    rows = [row for row in with_speedup(latest(rows)) if row["operation"] == "pipeline"]
+    rows = [row for row in rows if row["speedup"] is not None]
+    setups = sorted({(row["device"], row["dtype"]) for row in rows})
+    if len(setups) != 1:
+        raise ValueError(
+            f"results: expected the pipeline beside dense attention of one device and dtype, got "
+            f"{setups or 'no rows'}. Choose with --device-name or --dtype."
+        )
+    grouped = [row for row in rows if row["shape"].startswith("group-")]
+    others = [row for row in rows if not row["shape"].startswith("group-")]
+    panels = [
+        (part, heading, key)
+        for part, heading, key in (
+            (others, "tokens", lambda row: row["seq_len"]),
+            (
+                grouped,
+                "query heads that share keys",
+                lambda row: row["num_heads"] // row["num_kv_heads"],
+            ),
+        )
+        if part
+    ]
+    figure = Figure(figsize=(5.6 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for (part, heading, key), ax in zip(panels, axes, strict=True):
+        _draw_speedup(ax, part, heading, key)
+    figure.suptitle(f"Speed-up over dense attention, {', '.join(setups[0])}")
+    _write(figure, output)
+
+
+def _draw_speedup(ax: Axes, rows: list[Row], heading: str, key: Callable[[Row], int]) -> None:
+    lines: dict[str, list[tuple[int, float]]] = {}
+    shapes = {row["shape"] for row in rows if not row["shape"].startswith("group-")}
+    for row in rows:
+        shape = f"{row['shape']} " if len(shapes) > 1 else ""
+        name = f"{shape}{row['mode']}, {row['compressor']}, {row['workload']} ({row['provider']})"
+        lines.setdefault(name, []).append((key(row), row["speedup"]))
+    for name, points in lines.items():
+        values, ratios = zip(*sorted(points), strict=True)
+        style = "-" if "forward" in name else "--"
+        ax.plot(values, ratios, style, marker="o", markersize=4, label=name)
+    ax.axhline(1, color="grey", linewidth=0.8)
+    ax.set_xscale("log", base=2)
+    ticks = sorted({key(row) for row in rows})
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel(heading)
+    ax.set_ylabel("times as fast")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=7)
+
+
+def _check_suffix(output: Path) -> None:
+    if output.suffix not in (".svg", ".png", ".pdf"):
+        raise ValueError(f"output: expected .svg, .png or .pdf, got {output.name!r}.")
+
+
+def _write(figure: Figure, output: Path) -> None:
     temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")
-    figure.savefig(temporary)
+    # Without a date, so that the same rows give the same file.
+    figure.savefig(temporary, metadata={"Date": None} if output.suffix == ".svg" else None)
     temporary.replace(output)
+
+
+def _line(row: Row) -> str:
+    parts = (row["provider"], row["workload"], row["compressor"])
+    return ", ".join(part for part in parts if part is not None)
 
 
 def _draw(ax: Axes, rows: list[Row]) -> None:
     ax.set_title(f"{rows[0]['operation']} {rows[0]['mode']}", fontsize=10)
-    for line in dict.fromkeys((row["provider"], row["workload"]) for row in rows):
+    for line in dict.fromkeys(map(_line, rows)):
         points = sorted(
             (row["seq_len"], row["p50_ms"], row["p20_ms"], row["p80_ms"])
             for row in rows
-            if (row["provider"], row["workload"]) == line
+            if _line(row) == line
         )
         tokens, middle, low, high = zip(*points, strict=True)
-        ax.plot(tokens, middle, marker="o", markersize=4, label=", ".join(line))
+        ax.plot(tokens, middle, marker="o", markersize=4, label=line)
         ax.fill_between(tokens, low, high, alpha=0.2)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from nsa.bench.results import Row, latest, read, significant
+from nsa.bench.results import Row, latest, read, significant, with_speedup
 
 PART = re.compile(
     r"(?P<start><!-- generated: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end: (?P=name) -->)",
@@ -59,46 +59,110 @@ def source_tree(root: Path) -> str:
 
 def operations_table(root: Path) -> str:
     """The whole layer beside dense attention, for each device, dtype and shape measured."""
-    path = root / "results" / "ops.jsonl"
-    if not path.exists():
-        return "Nothing is measured yet: run `nsa bench ops`, then `nsa bench table`."
-    rows = [row for row in read(path) if not row["quick"]]
-    rows = [row for row in latest(rows) if row["operation"] in ("pipeline", "dense_attention")]
-    setups = dict.fromkeys((row["device"], row["dtype"], row["shape"]) for row in rows)
+    rows = [row for row in _rows(root) if not row["shape"].startswith(GROUPS)]
+    if not rows:
+        return MISSING
+    setups = dict.fromkeys(_setup(row) for row in rows)
     return "\n\n".join(
-        _table([row for row in rows if (row["device"], row["dtype"], row["shape"]) == setup])
-        for setup in setups
+        "\n\n".join((_caption(part), _times(part, *TOKENS), MEMORY, _memory(part, *TOKENS)))
+        for part in ([row for row in rows if _setup(row) == setup] for setup in setups)
     )
 
 
-def _table(rows: list[Row]) -> str:
-    first = rows[-1]
+def groups_table(root: Path) -> str:
+    """The same query heads in groups of several sizes."""
+    rows = [row for row in _rows(root) if row["shape"].startswith(GROUPS)]
+    if not rows:
+        return MISSING
+    return "\n\n".join((_caption(rows, heads=False), _times(rows, "heads a group", _group_size)))
+
+
+MISSING = "Nothing is measured yet: run `nsa bench ops`, then `nsa bench table`."
+MEMORY = "Peak memory of forward and backward on top of the inputs, GiB:"
+GROUPS = "group-"  # How the names of the shapes of `groups_table` begin.
+SHOWN = ("pipeline", "shared_pipeline", "dense_attention")
+# Heading and value of a row of the table.
+TOKENS = ("tokens", lambda row: row["seq_len"])
+
+
+def _group_size(row: Row) -> int:
+    return row["num_heads"] // row["num_kv_heads"]
+
+
+def _rows(root: Path) -> list[Row]:
+    path = root / "results" / "ops.jsonl"
+    if not path.exists():
+        return []
+    rows = [row for row in read(path) if not row["quick"] and row["operation"] in SHOWN]
+    return with_speedup(latest(rows))
+
+
+def _setup(row: Row) -> tuple[str, ...]:
+    return row["device"], row["dtype"], row["shape"]
+
+
+def _caption(rows: list[Row], heads: bool = True) -> str:
+    last = rows[-1]
+    layer = f"{last['num_heads']} query "
+    layer += (
+        f"and {last['num_kv_heads']} kv heads" if heads else f"heads, {last['seq_len']:,} tokens"
+    )
+    return (
+        f"{last['device']}, {last['dtype']}, {layer}, widths {last['key_dim']} and "
+        f"{last['value_dim']}, PyTorch {last['torch']}: median ms, forward / backward "
+        f"(times as fast as dense attention; commit {last['commit'][:9]})."
+    )
+
+
+def _times(rows: list[Row], heading: str, key: Callable[[Row], int]) -> str:
+    def cell(modes: dict[str, Row]) -> str:
+        both = [modes.get(mode) for mode in ("forward", "backward")]
+        times = " / ".join("-" if row is None else significant(row["p50_ms"]) for row in both)
+        ratios = [None if row is None else row["speedup"] for row in both]
+        if all(ratio in (None, 1) for ratio in ratios):
+            return times
+        shown = ("-" if ratio is None else f"{ratio:.1f}x" for ratio in ratios)
+        return f"{times} ({' / '.join(shown)})"
+
+    return _grid(rows, heading, key, cell)
+
+
+def _memory(rows: list[Row], heading: str, key: Callable[[Row], int]) -> str:
+    def cell(modes: dict[str, Row]) -> str:
+        found = modes.get("backward", {}).get("peak_memory_bytes")
+        return "-" if found is None else significant(found / 2**30)
+
+    return _grid(rows, heading, key, cell)
+
+
+def _grid(
+    rows: list[Row],
+    heading: str,
+    key: Callable[[Row], int],
+    cell: Callable[[dict[str, Row]], str],
+) -> str:
+    """A table with a column for each implementation; ``cell`` gets its rows by mode."""
     columns = list(dict.fromkeys(_column(row) for row in rows))
-    cells = {(row["seq_len"], _column(row), row["mode"]): row["p50_ms"] for row in rows}
-    lines = [
-        f"{first['device']}, {first['dtype']}, {first['num_heads']} query and "
-        f"{first['num_kv_heads']} kv heads, widths {first['key_dim']} and {first['value_dim']}, "
-        f"PyTorch {first['torch']}: median ms, forward / backward (commit {first['commit'][:9]}).",
-        "",
-        f"| tokens | {' | '.join(columns)} |",
-        f"|{'---:|' * (len(columns) + 1)}",
-    ]
-    for seq_len in sorted({row["seq_len"] for row in rows}):
-        times = []
-        for column in columns:
-            both = [cells.get((seq_len, column, mode)) for mode in ("forward", "backward")]
-            times.append(" / ".join("-" if ms is None else significant(ms) for ms in both))
-        lines.append(f"| {seq_len:,} | {' | '.join(times)} |")
+    found: dict[tuple[int, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((key(row), _column(row)), {})[row["mode"]] = row
+    lines = [f"| {heading} | {' | '.join(columns)} |", f"|{'---:|' * (len(columns) + 1)}"]
+    for value in sorted({key(row) for row in rows}):
+        cells = (cell(found.get((value, column), {})) for column in columns)
+        lines.append(f"| {value:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _column(row: Row) -> str:
     if row["operation"] == "dense_attention":
         return f"dense ({row['provider']})"
-    return f"NSA ({row['provider']}, {row['workload']} queries)"
+    if row["operation"] == "shared_pipeline":
+        return f"shared K/V, mean of {row['geometry'][2]} ({row['provider']}, {row['workload']})"
+    return f"NSA {row['compressor']} ({row['provider']}, {row['workload']})"
 
 
 PARTS: dict[str, Callable[[Path], str]] = {
     "tree": source_tree,
     "operations": operations_table,
+    "groups": groups_table,
 }

@@ -59,23 +59,57 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return list(newest.values())
 
 
+def with_speedup(rows: Iterable[Row]) -> list[Row]:
+    """Rows with ``speedup``: how many times as long dense attention takes, None without it.
+
+    Dense attention of the same device, dtype, shape, length and mode, by the first of ``DENSE``
+    that was measured.
+    """
+    rows = list(rows)
+    dense: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        if row["operation"] == "dense_attention":
+            dense.setdefault(_same_task(row), {})[row["provider"]] = row["p50_ms"]
+    found = []
+    for row in rows:
+        rivals = dense.get(_same_task(row), {})
+        rival = next((rivals[name] for name in DENSE if name in rivals), None)
+        found.append({**row, "speedup": None if rival is None else rival / row["p50_ms"]})
+    return found
+
+
+# Dense attention that speed-ups refer to: the fastest on a GPU, PyTorch's choice elsewhere.
+DENSE = ("cudnn", "sdpa")
+
+
+def _same_task(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("device", "dtype", "shape", "seq_len", "mode"))
+
+
 def terminal_table(rows: list[Row], width: int) -> Table:
-    """What was measured, one case a row; terminals too narrow for every column get the best."""
+    """What was measured, one case a row; terminals too narrow for every column get the best.
+
+    ``dense`` is the speed-up over dense attention among the same rows.
+    """
     first = rows[0]
+    fast = with_speedup([row for row in rows if "problem" not in row])
+    speedups = {tuple(row[name] for name in KEY): row["speedup"] for row in fast}
     table = Table(title=f"{first['shape']}, {first['dtype']}, {first['device']}")
     columns = [name for name in COLUMNS if width >= WIDE or name in NARROW]
     for number, name in enumerate(columns):
         table.add_column(name, justify="left" if number < 3 else "right", no_wrap=number < 3)
     for row in rows:
         cells = _cells(row)
+        if (speedup := speedups.get(tuple(row[name] for name in KEY))) is not None:
+            cells["dense"] = f"{significant(speedup)}x"
         table.add_row(*(cells.get(name, "") for name in columns))
     return table
 
 
 COLUMNS = ("operation", "mode", "provider", "queries", "tokens", "overlap", "p20 ms", "p50 ms")
-COLUMNS += ("p80 ms", "MiB", "GFLOP/s", "GB/s", "error")
+COLUMNS += ("p80 ms", "dense", "MiB", "GFLOP/s", "GB/s", "error")
 NARROW = ("operation", "mode", "provider", "queries", "tokens", "p50 ms")
-WIDE = 136
+WIDE = 144
 
 
 def _cells(row: Row) -> dict[str, str]:

@@ -71,6 +71,7 @@ class Plan:
     compressors: tuple[str, ...] = ()
     dtype: str | None = None
     quick: bool = False
+    one_length: bool = False
 
     def __post_init__(self) -> None:
         for field, names, known in (
@@ -137,7 +138,8 @@ class Plan:
         )
         return [
             Case(operation, mode, provider, seq_len, workload, compressor)
-            for seq_len in self.seq_lens or (lengths[:1] if self.quick else lengths)
+            for seq_len in self.seq_lens
+            or (lengths[:1] if self.quick or self.one_length else lengths)
             for workload in workloads
             for operation in self.operations or OPERATIONS
             for compressor in OPERATIONS[operation].compressors
@@ -199,7 +201,7 @@ def measure(plan: Plan, cases: Iterable[Case]) -> Iterator[Row]:
             # The check does not depend on the length.
             checked = case._replace(seq_len=0)
             if checked not in errors:
-                errors[checked] = _check(case, shape, DTYPES[dtype], plan.device)
+                errors[checked] = check_case(case, shape, DTYPES[dtype], plan.device)
             row |= {**_measure(case, shape, DTYPES[dtype], plan), "error": errors[checked]}
         except WrongResultError as error:
             row["problem"] = f"wrong result: {error}"
@@ -213,7 +215,8 @@ def measure(plan: Plan, cases: Iterable[Case]) -> Iterator[Row]:
         yield row | origin
 
 
-def _check(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
+def check_case(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
+    """The largest relative error of a case, see ``nsa.bench.correctness``."""
     return check(
         PROVIDERS[case.provider],
         case.operation,
@@ -226,19 +229,37 @@ def _check(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -
     )
 
 
-def _measure(case: Case, shape: Shape, dtype: torch.dtype, plan: Plan) -> Row:
-    provider, entry, device = PROVIDERS[case.provider], OPERATIONS[case.operation], plan.device
+def inputs(
+    case: Case, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensors, Shape, float | None]:
+    """Tensors of a case, the shape with the geometry it runs with, and the measured overlap."""
+    provider, entry = PROVIDERS[case.provider], OPERATIONS[case.operation]
     kind = case.compressor or "mlp"
     tensors = make_tensors(shape, case.seq_len, case.workload, dtype, device, kind)
-    shown, blocks = shape, None
-    if entry.run is not None:
-        tensors = add_selection(tensors, shape.config, provider.backend)
-        viewed, config = entry.view(tensors, shape.config)
-        shown = replace(shape, config=config)
-        blocks = tensors["block_indices"]
-        if config != shape.config:
-            blocks = add_selection(viewed, config, provider.backend)["block_indices"]
-    share = None if blocks is None else overlap(blocks)
+    if entry.run is None:
+        return tensors, shape, None
+    tensors = add_selection(tensors, shape.config, provider.backend)
+    viewed, config = entry.view(tensors, shape.config)
+    if config != shape.config:
+        viewed = add_selection(viewed, config, provider.backend)
+    return tensors, replace(shape, config=config), overlap(viewed["block_indices"])
+
+
+def sizes(shape: Shape) -> Row:
+    """The part of a row that says how large the layer is."""
+    return {
+        "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "key_dim": shape.key_dim,
+        "value_dim": shape.value_dim,
+        "geometry": list(astuple(shape.config)),
+    }
+
+
+def _measure(case: Case, shape: Shape, dtype: torch.dtype, plan: Plan) -> Row:
+    device, kind = plan.device, case.compressor or "mlp"
+    tensors, shown, share = inputs(case, shape, dtype, device)
+    # Before the outputs of a forward are kept for its backward to be timed.
     memory = peak_memory_bytes(whole_call(case, tensors, shape), device)
     timed, outputs = timed_call(case, tensors, shape)
     times = time_call(timed, device, repeat_ms=20 if plan.quick else 200)
@@ -248,11 +269,7 @@ def _measure(case: Case, shape: Shape, dtype: torch.dtype, plan: Plan) -> Row:
         "flops": num_flops(case.operation, case.mode, shown, case.seq_len, kind),
         "bytes": num_bytes(case.operation, case.mode, shown, tensors, outputs),
         "overlap": share,
-        "num_heads": shape.num_heads,
-        "num_kv_heads": shape.num_kv_heads,
-        "key_dim": shape.key_dim,
-        "value_dim": shape.value_dim,
-        "geometry": list(astuple(shown.config)),
+        **sizes(shown),
     }
 
 

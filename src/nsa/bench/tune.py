@@ -1,0 +1,283 @@
+"""Measures tiles of our kernels and writes the best into the launch table (``nsa bench tune``).
+
+Each kernel is tried with a short list of tiles on the data of one layer. A tile whose result is not
+that of the tile in use is not a candidate. Nothing here runs on a user's machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from rich.console import Console
+from torch import Tensor
+
+import nsa.kernels
+from nsa.bench.correctness import BOUNDS, output_gradient
+from nsa.bench.environment import device_name
+from nsa.bench.results import significant
+from nsa.bench.shapes import SHAPES, Shape
+from nsa.bench.split import kernel_times
+from nsa.bench.timing import Call
+from nsa.bench.workloads import add_selection, make_tensors
+from nsa.ops import launch
+from nsa.ops.launch import tuned
+from nsa.ops.launch.tiles import heads
+from nsa.ops.launch.token_attention import token_attention_fwd
+from nsa.ops.launch.tuned import Tile
+
+Step = Callable[[], tuple[Tensor, ...]]
+Entry = dict[str, Any]
+
+# Share of entries of integer results that must agree: near-ties of scores flip with rounding.
+AGREEMENT = 0.98
+
+
+class Tunable(NamedTuple):
+    """A kernel of the table: its function, the step that starts it, and the tiles that are tried.
+
+    Rows and keys of a step, warps, stages.
+    """
+
+    function: str
+    step: str
+    tiles: tuple[tuple[int, int, int, int], ...]
+
+
+TUNABLES = {
+    "compressed_attention_fwd": Tunable(
+        "compressed_attention_fwd_kernel",
+        "compressed",
+        ((128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
+    ),
+    "block_scores": Tunable(
+        "block_scores_kernel",
+        "select",
+        ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
+    ),
+    "selected_window_fwd": Tunable(
+        "token_attention_fwd_kernel",
+        "tokens",
+        ((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 3)),
+    ),
+    "dq": Tunable(
+        "dq_kernel",
+        "backward",
+        ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 8, 3), (128, 64, 8, 2)),
+    ),
+    "range_dkv": Tunable(
+        "range_dkv_kernel",
+        "backward",
+        ((32, 64, 4, 3), (32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2)),
+    ),
+    "selected_dkv": Tunable(
+        "selected_dkv_kernel",
+        "backward",
+        ((32, 64, 4, 3), (32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+    ),
+}
+
+
+def tune(
+    shapes: Sequence[str],
+    kernels: Sequence[str],
+    *,
+    seq_len: int,
+    device: torch.device,
+    console: Console,
+    output: Path | None = None,
+) -> Path:
+    """Tries the tiles of each kernel on each shape and writes the launch table after each shape.
+
+    Args:
+        shapes: names in ``SHAPES``.
+        kernels: names in ``TUNABLES``, all if empty.
+        seq_len: tokens of the data.
+        device: a GPU.
+        console: prints one line a tile.
+        output: the table; the package's own for this architecture if None.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: a name is unknown, or the device is no GPU.
+    """
+    for field, names, known in (("shape", shapes, SHAPES), ("kernel", kernels, TUNABLES)):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{field}: expected one of {', '.join(known)}, got {name!r}.")
+    if device.type != "cuda":
+        raise ValueError(f"device: expected a GPU, got {device}. Tiles are measured, not guessed.")
+    arch = f"sm{torch.cuda.get_device_capability(device)[0]}0"
+    path = output or Path(nsa.kernels.__path__[0]) / "tuned" / f"{arch}.json"
+    try:
+        for shape in shapes:
+            steps, like = problem(SHAPES[shape], seq_len, device)
+            for kernel in kernels or TUNABLES:
+                best = best_tile(kernel, steps, like, arch, device, console)
+                if best is not None:
+                    tuned.table(arch)[kernel] = merged(tuned.table(arch).get(kernel, []), best)
+            write_table(path, tuned.table(arch))
+    finally:
+        tuned.table.cache_clear()  # From here on the launches read what is on disk.
+    return path
+
+
+def problem(shape: Shape, seq_len: int, device: torch.device) -> tuple[dict[str, Step], Entry]:
+    """The steps of a layer on "local" data, and the entry of the table that its sizes read."""
+    config, dtype = shape.config, torch.bfloat16
+    x = add_selection(make_tensors(shape, seq_len, "local", dtype, device), config, "kernel")
+    scale = shape.key_dim**-0.5
+    compress: dict[str, Any] = {
+        "compress_block_size": config.compress_block_size,
+        "compress_stride": config.compress_stride,
+    }
+    names = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
+    q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = (x[name] for name in names)
+    o, *saved = launch.nsa_attention_fwd(
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, config=config, softmax_scale=scale
+    )
+    indices, o_cmp, lse = saved[:3]
+    do = output_gradient(o)
+
+    def compressed() -> tuple[Tensor, ...]:
+        return launch.compressed_attention_fwd(q, k_cmp, v_cmp, softmax_scale=scale, **compress)
+
+    def select() -> tuple[Tensor, ...]:
+        return (launch.select_blocks(q, k_cmp, lse, config=config, softmax_scale=scale),)
+
+    def tokens() -> tuple[Tensor, ...]:
+        out = token_attention_fwd(
+            q,
+            (k_slc, v_slc, indices),
+            (k_win, v_win),
+            gates,
+            o_cmp,
+            block_size=config.block_size,
+            window_size=config.window_size,
+            softmax_scale=scale,
+        )
+        return tuple(out.values())
+
+    def backward() -> tuple[Tensor, ...]:
+        return launch.nsa_attention_bwd(
+            do,
+            q,
+            k_cmp,
+            v_cmp,
+            k_slc,
+            v_slc,
+            k_win,
+            v_win,
+            gates,
+            tuple(saved),
+            config=config,
+            softmax_scale=scale,
+        )
+
+    found = heads(q, k_slc, v_slc)
+    entry = {"key_dim": found["DKP"], "value_dim": found["DVP"], "group": found["GP"]}
+    steps = {"compressed": compressed, "select": select, "tokens": tokens, "backward": backward}
+    return steps, entry
+
+
+def best_tile(
+    kernel: str,
+    steps: dict[str, Step],
+    like: Entry,
+    arch: str,
+    device: torch.device,
+    console: Console,
+) -> Entry | None:
+    """The fastest right tile as an entry of the table, or None if none runs."""
+    tunable = TUNABLES[kernel]
+    step = steps[tunable.step]
+    like = {**like, "value_dim": 0} if kernel == "block_scores" else like
+    expected = step()
+    timed: list[tuple[float, Tile]] = []
+    for candidate in map(Tile._make, tunable.tiles):
+        with using(arch, kernel, {**like, "tile": list(candidate)}):
+            try:
+                problem = difference(step(), expected)
+            except (triton.TritonError, RuntimeError) as error:
+                problem = str(error).splitlines()[0]
+            if problem is None:
+                milliseconds = kernel_ms(step, tunable.function, device)
+                timed.append((milliseconds, candidate))
+                problem = f"{significant(milliseconds)} ms"
+        console.print(f"{kernel} {like} {list(candidate)}: {problem}", highlight=False)
+    if not timed:
+        return None
+    milliseconds, tile = min(timed)
+    measured = {"ms": round(milliseconds, 4), "gpu": device_name(device)}
+    return {**like, "tile": list(tile), **measured, "triton": triton.__version__}
+
+
+def kernel_ms(call: Call, function: str, device: torch.device) -> float:
+    """Device time of one kernel in a call, in milliseconds."""
+    found = [item.ms for item in kernel_times(call, device) if item.kernel.startswith(function)]
+    assert found, f"{function} was not started"
+    return sum(found)
+
+
+def difference(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str | None:
+    """What is wrong with a result, or None."""
+    for number, (x, y) in enumerate(zip(got, expected, strict=True)):
+        if not y.is_floating_point():
+            agreement = float((x == y).double().mean())
+            if agreement < AGREEMENT:
+                return f"output {number} agrees in {agreement:.1%} of entries only"
+            continue
+        finite = y.isfinite()
+        if not torch.equal(finite, x.isfinite()):
+            return f"output {number} is finite elsewhere"
+        x, y = x.masked_fill(~finite, 0).float(), y.masked_fill(~finite, 0).float()
+        error = float((x - y).norm() / y.norm().clamp(min=1e-20))
+        if not error <= BOUNDS[torch.bfloat16]:
+            return f"output {number} is off by {error:.1e}"
+    return None
+
+
+@contextmanager
+def using(arch: str, kernel: str, entry: Entry) -> Iterator[None]:
+    """Lets the launches read one entry for a kernel."""
+    table = tuned.table(arch)
+    before = table.get(kernel)
+    table[kernel] = [entry]
+    try:
+        yield
+    finally:
+        if before is None:
+            del table[kernel]
+        else:
+            table[kernel] = before
+
+
+def merged(entries: list[Entry], new: Entry) -> list[Entry]:
+    """Entries of a kernel with a new one, which replaces that of the same sizes.
+
+    Those of one group size come before those of any, since the first that fits is taken.
+    """
+    key = ("key_dim", "value_dim", "group")
+    others = [entry for entry in entries if any(entry[name] != new[name] for name in key)]
+    return sorted(
+        [*others, new], key=lambda e: (-e["key_dim"], -e["value_dim"], not e["group"], e["group"])
+    )
+
+
+def write_table(path: Path, table: dict[str, list[Entry]]) -> None:
+    """Writes a launch table, one entry a line, so that a change of one shows as one."""
+    parts = []
+    for kernel, entries in table.items():
+        lines = ",\n".join(f"    {json.dumps(entry)}" for entry in entries)
+        parts.append(f"  {json.dumps(kernel)}: [\n{lines}\n  ]")
+    temporary = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    temporary.replace(path)

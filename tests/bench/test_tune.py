@@ -1,0 +1,161 @@
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from triton.runtime.errors import OutOfResources
+
+from nsa.bench import tune
+from nsa.bench.tune import TUNABLES, best_tile, difference, merged, using, write_table
+from nsa.ops.launch import tuned
+from nsa.ops.launch.tuned import Tile
+
+CPU = torch.device("cpu")
+LIKE = {"key_dim": 128, "value_dim": 128, "group": 16}
+RIGHT = torch.arange(6.0).view(2, 3)
+
+
+@pytest.fixture
+def table():
+    """The launch table of an architecture that has none; what a test puts there goes again."""
+    tuned.table.cache_clear()
+    yield tuned.table("sm70")
+    tuned.table.cache_clear()
+
+
+def tile_in_use(kernel):
+    entries = tuned.table("sm70").get(kernel)
+    return Tile(*entries[0]["tile"]) if entries else Tile(0, 0, 0, 0)
+
+
+def try_tiles(monkeypatch, results, kernel="dq"):
+    """``results``: milliseconds of each tile, or what running it raises or returns."""
+    tiles = [tuple(tile) for tile in TUNABLES[kernel].tiles]
+    outcomes = dict(zip(tiles, results, strict=True))
+
+    def step():
+        outcome = outcomes.get(tile_in_use(kernel), 0.0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return (outcome if isinstance(outcome, torch.Tensor) else RIGHT,)
+
+    def timer(_call, function, _device):
+        assert function == TUNABLES[kernel].function
+        return outcomes[tile_in_use(kernel)]
+
+    monkeypatch.setattr(tune, "kernel_ms", timer)
+    monkeypatch.setattr(tune, "device_name", lambda _: "a GPU")
+    console = Console(file=io.StringIO(), width=200)
+    steps = {TUNABLES[kernel].step: step}
+    return best_tile(kernel, steps, LIKE, "sm70", CPU, console), console.file.getvalue()
+
+
+def test_the_fastest_right_tile_wins(monkeypatch, table):
+    results = [3.0, OutOfResources(300, 227, "shared memory"), RIGHT * 2, 2.0, 5.0]
+    best, printed = try_tiles(monkeypatch, results)
+    assert best["tile"] == list(TUNABLES["dq"].tiles[3])
+    assert (best["ms"], best["gpu"]) == (2.0, "a GPU")
+    assert {name: best[name] for name in LIKE} == LIKE
+    assert "out of resource: shared memory" in printed
+    assert "output 0 is off by 1.0e+00" in printed
+    assert "dq" not in table
+
+
+def test_without_a_tile_that_runs_there_is_no_entry(monkeypatch, table):
+    best, _ = try_tiles(monkeypatch, [RuntimeError("no")] * 5)
+    assert best is None
+
+
+def test_scores_have_no_values(monkeypatch, table):
+    best, _ = try_tiles(monkeypatch, [1.0, 2.0, 3.0, 4.0, 5.0], kernel="block_scores")
+    assert best["value_dim"] == 0
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "problem"),
+    [
+        pytest.param(RIGHT, RIGHT * 1.01, None, id="rounding"),
+        pytest.param(RIGHT, RIGHT * 1.1, "output 0 is off by 9.1e-02", id="off"),
+        pytest.param(RIGHT / 0, RIGHT, "output 0 is finite elsewhere", id="nan"),
+        pytest.param(
+            torch.tensor([1, 2, 3, 4]),
+            torch.tensor([1, 2, 3, 5]),
+            "output 0 agrees in 75.0% of entries only",
+            id="choice",
+        ),
+    ],
+)
+def test_results_are_compared_with_those_of_the_tile_in_use(got, expected, problem):
+    assert difference((got,), (expected,)) == problem
+
+
+def test_minus_infinity_in_the_same_place_is_no_difference():
+    lse = torch.tensor([-torch.inf, 1.0])
+    assert difference((lse,), (lse.clone(),)) is None
+
+
+def test_the_launches_read_the_entry_in_use(table):
+    entry = {**LIKE, "tile": [1, 2, 3, 4]}
+    with using("sm70", "dq", entry):
+        assert tuned.table("sm70")["dq"] == [entry]
+    assert "dq" not in table
+    table["dq"] = before = [{**LIKE, "tile": [5, 6, 7, 8]}]
+    with pytest.raises(ZeroDivisionError), using("sm70", "dq", entry):
+        raise ZeroDivisionError
+    assert table["dq"] is before
+
+
+def test_an_entry_replaces_that_of_its_sizes_and_precedes_that_of_any_group():
+    any_group = {**LIKE, "group": 0, "tile": [1, 1, 1, 1]}
+    old = {**LIKE, "tile": [2, 2, 2, 2]}
+    wide = {**LIKE, "key_dim": 256, "group": 0, "tile": [3, 3, 3, 3]}
+    new = {**LIKE, "tile": [4, 4, 4, 4]}
+    assert merged([any_group, old, wide], new) == [wide, new, any_group]
+
+
+def test_the_written_table_comes_back_one_entry_a_line(tmp_path):
+    entries = {"dq": [{**LIKE, "tile": [64, 64, 4, 2]}, {**LIKE, "group": 1, "tile": [1, 2, 3, 4]}]}
+    path = tmp_path / "tuned" / "sm90.json"
+    write_table(path, entries)
+    assert json.loads(path.read_text()) == entries
+    assert sum('"tile"' in line for line in path.read_text().splitlines()) == 2
+    assert [file.name for file in path.parent.iterdir()] == ["sm90.json"]
+
+
+def test_every_kernel_of_the_table_is_tuned():
+    assert set(tuned.table("sm90")) <= set(TUNABLES)
+    for entries in tuned.table("sm90").values():
+        for entry in entries:
+            assert {"key_dim", "value_dim", "group", "tile"} <= set(entry)
+            assert len(Tile(*entry["tile"])) == 4
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kernels", "message"),
+    [
+        pytest.param(["big"], [], "shape: expected one of tiny, .*, got 'big'", id="shape"),
+        pytest.param(["tiny"], ["dk"], "kernel: expected one of .*, got 'dk'", id="kernel"),
+        pytest.param(["tiny"], [], "device: expected a GPU, got cpu", id="device"),
+    ],
+)
+def test_bad_input_is_refused(shapes, kernels, message):
+    with pytest.raises(ValueError, match=message):
+        tune.tune(shapes, kernels, seq_len=64, device=CPU, console=Console())
+
+
+@pytest.mark.gpu
+def test_tuning_a_small_layer_writes_its_entries(tmp_path):
+    path = tmp_path / "table.json"
+    console = Console(file=io.StringIO(), width=200)
+    tune.tune(
+        ["tiny"],
+        ["compressed_attention_fwd", "block_scores"],
+        seq_len=512,
+        device=torch.device("cuda"),
+        console=console,
+        output=path,
+    )
+    written = json.loads(path.read_text())
+    for kernel in ("compressed_attention_fwd", "block_scores"):
+        assert any(entry["key_dim"] == 32 and "ms" in entry for entry in written[kernel])
