@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nsa.kernels.query_gradients import delta_kernel, dq_kernel
 from nsa.ops.launch.branches import Branch, Geometry
-from nsa.ops.launch.key_gradients import Rows, range_dkv, selected_dkv
+from nsa.ops.launch.key_gradients import EVERYTHING, Rows, range_dkv, selected_dkv
 from nsa.ops.launch.select_blocks import union_blocks
 from nsa.ops.launch.tiles import (
     LOG2_E,
@@ -21,8 +21,6 @@ from nsa.ops.launch.tiles import (
     next_power_of_2,
 )
 from nsa.ops.launch.tuned import tile
-
-EVERYTHING = 1 << 30  # A window longer than any sequence.
 
 
 def attention_bwd(

@@ -21,10 +21,18 @@ from nsa.ops.launch.tiles import (
 )
 from nsa.ops.launch.tuned import tile
 
+EVERYTHING = 1 << 30  # Longer than any sequence.
 Rows = dict[str, Any]  # Kernel arguments of the query rows and of the branch's keys.
 
-# Queries whose sums one program adds up: of a tile of compressed keys, and of a selected block.
-SEGMENT, PART = 8192, 1024
+PART = 1024  # Queries of a selected block whose sums one program adds up.
+# Programs that keep a GPU busy: compressed keys are few, so their queries are cut into segments.
+MIN_PROGRAMS, MIN_SEGMENT = 2048, 256
+
+
+def segment_size(num_queries: int, key_tiles: int) -> int:
+    """Queries that one program of a tile of compressed keys walks: a power of two."""
+    parts = max(1, MIN_PROGRAMS // max(1, key_tiles))
+    return max(MIN_SEGMENT, next_power_of_2(ceil_div(num_queries, parts)))
 
 
 def range_dkv(
@@ -40,7 +48,10 @@ def range_dkv(
     block, stride = (
         (geometry.compress_block_size, geometry.compress_stride) if compressed else (1, 1)
     )
-    num_parts = ceil_div(q.shape[-3], SEGMENT) if compressed and q.numel() else 1
+    segment, num_parts = EVERYTHING, 1
+    if compressed and q.numel():
+        segment = segment_size(q.shape[-3], ceil_div(branch.k.numel(), shape.BN * sizes["DK"]))
+        num_parts = ceil_div(q.shape[-3], segment)
     dtype = torch.float32 if compressed else q.dtype
     # Slots no sequence fills, and keys no query reaches, keep a gradient of zero.
     whole = geometry.cu_seqlens is None and not compressed
@@ -63,7 +74,7 @@ def range_dkv(
             q_offset=geometry.q_offset,
             scale_log2=geometry.softmax_scale * LOG2_E,
             scale=geometry.softmax_scale,
-            segment=SEGMENT if compressed else 1 << 30,
+            segment=segment,
             part_dk=branch.k.numel(),
             part_dv=branch.v.numel(),
             **sizes,
