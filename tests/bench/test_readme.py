@@ -115,6 +115,11 @@ def test_the_groups_table_has_a_line_for_each_group_size(root):
     assert "group" not in operations_table(root)
 
 
+def test_rows_of_an_installed_package_have_no_commit(root):
+    (root / "results" / "ops.jsonl").write_text(json.dumps(row(commit=None)) + "\n")
+    assert "commit unknown)" in operations_table(root)
+
+
 def test_without_measurements_the_table_says_how_to_make_them(root):
     (root / "results" / "ops.jsonl").unlink()
     assert "run `nsa bench ops`" in operations_table(root)

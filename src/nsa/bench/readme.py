@@ -110,7 +110,7 @@ def _caption(rows: list[Row], heads: bool = True) -> str:
     return (
         f"{last['device']}, {last['dtype']}, {layer}, widths {last['key_dim']} and "
         f"{last['value_dim']}, PyTorch {last['torch']}: median ms, forward / backward "
-        f"(times as fast as dense attention; commit {last['commit'][:9]})."
+        f"(times as fast as dense attention; commit {(last['commit'] or 'unknown')[:9]})."
     )
 
 
