@@ -53,11 +53,13 @@ class Layer:
     config: NSAConfig = field(default_factory=NSAConfig.paper)
 
 
-# The paper's shape; it at the width that dense kernels support; and, without groups, tiles of many
-# tokens, packed.
+# The paper's shape; it at the width that dense kernels support, also with small groups, whose tiles
+# hold many tokens; and packed.
 LAYERS = {
     "paper-d128": Layer(heads=(64, 4), dims=(128, 128)),
     "paper": Layer(heads=(64, 4), dims=(192, 128)),
+    "group1-d128": Layer(heads=(32, 32), dims=(128, 128)),
+    "group4-d128": Layer(heads=(32, 8), dims=(128, 128)),
     "group1-d64-packed": Layer(heads=(8, 8), dims=(64, 64), packed=True),
 }
 TRAINING = ("compress", "compress-backward", "forward", "backward")
@@ -76,6 +78,8 @@ COMPILED = {
     ("paper-d128", 90): (*TRAINING, *ALONE),
     ("paper-d128", 80): TRAINING,
     ("paper", 90): (*TRAINING, *ALONE),
+    ("group1-d128", 90): ("forward", "backward"),
+    ("group4-d128", 90): ("forward", "backward"),
     ("group1-d64-packed", 90): TRAINING,
 }
 
@@ -132,12 +136,17 @@ def kernels(layer: str, capability: int) -> dict[str, Launch]:
     return found
 
 
+# Capability, kernel, padded widths and padded group size that a launch asked the tables for.
+ASKED: set[tuple[int, str, int, int, int]] = set()
+
+
 @contextmanager
 def tiles_of(capability: int) -> Iterator[None]:
     """Lets launches take the tiles that they take on a GPU of ``sm_<capability>``."""
     find = tuned._measured
 
     def measured(kernel: str, sizes: dict[str, int], like: Tensor) -> tuned.Tile | None:
+        ASKED.add((capability, kernel, sizes["DKP"], sizes.get("DVP", 0), sizes["GP"]))
         on_gpu = SimpleNamespace(element_size=like.element_size, is_cuda=True, device=like.device)
         return find(kernel, sizes, cast(Tensor, on_gpu))
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 from tests.kernels.resources import (
+    ASKED,
     COMPILED,
     MAX_SHARED,
     RECORDED,
@@ -20,6 +21,8 @@ from tests.kernels.resources import (
     recording,
 )
 from triton import language as tl
+
+from nsa.ops.launch import tuned
 
 TABLE = json.loads(RECORDED.read_text(encoding="utf-8"))
 KERNELS = {name: Resources(**row) for name, row in TABLE["kernels"].items()}
@@ -34,10 +37,13 @@ SPILLING = {
     "paper-d128/sm_90/backward/dq_kernel",
     "paper-d128/sm_90/backward/range_dkv_kernel",
     "paper-d128/sm_90/compressed-backward/range_dkv_kernel",
-    "paper-d128/sm_80/compress-backward/hidden_kernel",
     "paper/sm_90/backward/range_dkv_kernel",
     "paper/sm_90/compressed-backward/range_dkv_kernel",
     "paper/sm_90/selected-backward/selected_dkv_kernel",
+    "group1-d128/sm_90/backward/range_dkv_kernel",
+    "group4-d128/sm_90/forward/token_attention_fwd_kernel",
+    "group4-d128/sm_90/backward/dq_kernel",
+    "group4-d128/sm_90/backward/range_dkv_kernel",
 }
 
 
@@ -48,6 +54,18 @@ def test_the_table_has_every_kernel_that_is_launched():
         for name in kernels(layer, capability)
     }
     assert launched == set(KERNELS), RENEW
+
+
+def test_every_row_of_the_launch_tables_is_compiled():
+    for layer, capability in COMPILED:
+        kernels(layer, capability)
+    asked = {(name, *widths) for capability, name, *widths in ASKED if capability == 90}
+    for name, entries in tuned.table("sm90").items():
+        for entry in entries:
+            widths = (name, entry["key_dim"], entry["value_dim"])
+            groups = {group for *found, group in asked if tuple(found) == widths}
+            assert groups, f"{name} {entry}: add a layer of these widths to resources.py"
+            assert entry["group"] in {0, *groups}, f"{name} {entry}: add a layer of this group"
 
 
 @same_compiler
