@@ -90,6 +90,22 @@ def test_generation_tasks_run_and_the_limit_holds(tmp_path: Path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("task", "positions", "message"),
+    [
+        ("arc_easy", 1, r"--tasks: expected answers of at most 1 tokens, .* got one of [2-9]\."),
+        ("gsm8k", 128, r"--tasks: .*256.* must be less than .*128.* Leave the task out"),
+    ],
+)
+def test_an_answer_that_does_not_fit_the_model_is_named(
+    tmp_path: Path, task: str, positions: int, message: str
+):
+    settings = TaskSettings(num_fewshot=0)
+    loaded = load_tasks([task], settings, data=write_task_files(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        task_scores(llama(positions), tokenizer(), loaded, settings, limit=None, seed=0)
+
+
 def test_nothing_of_the_process_stays_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DISABLE_MULTIPROC", "")
     level = logging.getLogger("lm_eval.api.task").level

@@ -124,6 +124,9 @@ def task_scores(
     Returns:
         Scores, a group's before those of its tasks.
 
+    Raises:
+        ValueError: an answer needs more positions than the model has.
+
     Example:
         >>> loaded = load_tasks(["arc_easy"], TaskSettings(), data=Path("eval-data"))
         >>> task_scores(model, tokenizer, loaded, TaskSettings(), limit=100, seed=0)
@@ -140,7 +143,9 @@ def task_scores(
         task.set_fewshot_seed(seed=seed)
     with _one_quiet_process():
         results = run(
-            lm=harness_class(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size),
+            lm=_checking(harness_class)(
+                pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size
+            ),
             task_dict=task_dict,
             limit=limit,
             log_samples=False,
@@ -152,6 +157,28 @@ def task_scores(
         for task, source in loaded.tasks
         for score in _scores(results, _name(task), group=None, source=source)
     ]
+
+
+def _checking(harness: Any) -> Any:
+    """lm-eval's model; answers that do not fit the model's positions are an input error."""
+
+    class Checking(harness):
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            longest = max((len(answer) for _, _, answer in requests), default=0)
+            if longest > self.max_length:
+                raise ValueError(
+                    f"--tasks: expected answers of at most {self.max_length} tokens, the positions "
+                    f"of the model, got one of {longest}. Leave the task out."
+                )
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def generate_until(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().generate_until(*args, **kwargs)
+            except AssertionError as error:  # that an answer's room is all the model has
+                raise ValueError(f"--tasks: {error} Leave the task out.") from error
+
+    return Checking
 
 
 def hub_tasks(name: str, manager: TaskManager, *, num_fewshot: int | None) -> list[Any]:
