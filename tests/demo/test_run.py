@@ -6,6 +6,7 @@ import json
 import math
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from nsa import cli
 from nsa.config import NSAConfig
 from nsa.demo import DemoSettings, DemoStopped, run_demo
+from nsa.demo import run as demo_run
 from nsa.demo.run import unigram_entropy
 from nsa.train.checkpoint import CheckpointError
 from nsa.train.engine import NSATrainer
@@ -62,6 +64,14 @@ def test_every_step_is_on_the_screen(done):
     assert "CHAPTER 133. The Chase--First Day." in screen
     assert "8 tokens in" in screen
     assert "report.html" in screen
+
+
+def test_the_command_to_try_can_be_typed_as_it_stands(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", "/there/.venv/bin/python")
+    assert demo_run._command() == "/there/.venv/bin/nsa"
+    (tmp_path / "nsa").touch(mode=0o755)
+    assert demo_run._command() == "nsa"
 
 
 def test_report_holds_the_numbers_of_the_runs(done):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,12 +147,17 @@ def _demo(folder: Path, settings: DemoSettings, console: Console) -> Path:
     write_text(path, report_html(report))
     console.print(
         f"\nReport: {path.resolve()} (open it in a browser; it needs no network)\n"
-        f'Try: nsa generate --model {folder / "nsa" / "model"} --prompt "The whale"',
+        f'Try: {_command()} generate --model {folder / "nsa" / "model"} --prompt "The whale"',
         style="bold",
         markup=False,
         soft_wrap=True,
     )
     return path
+
+
+def _command() -> str:
+    """How to call ``nsa`` here: under ``make demo`` its folder is not on the search path."""
+    return "nsa" if shutil.which("nsa") else str(Path(sys.executable).with_name("nsa"))
 
 
 def _step(console: Console, number: int, title: str) -> None:
