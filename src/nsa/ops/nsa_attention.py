@@ -253,6 +253,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, do, *_grads_of_saved):
+    if do is None:  # nothing that is differentiated used the output
+        return (None,) * (9 + len(ctx.constants))
     # Unpacked once: activation checkpointing refuses a second time.
     *tensors, cu_seqlens = ctx.saved_tensors
     tensors, saved = tensors[:8], tensors[8:]
