@@ -1,4 +1,4 @@
-"""The compiled kernels on a GPU against the float64 oracle: values, log-sum-exps, every gradient."""
+"""The compiled kernels on a GPU against the float64 oracle: values and every gradient."""
 
 import functools
 from dataclasses import replace
@@ -22,13 +22,18 @@ COMPILED = [
     Case(name="tiny", lengths=(), group=2, kv_heads=2, dk=16, dv=16, config=NSAConfig.tiny()),
     Case(name="group-1", lengths=(), group=1, kv_heads=2, dk=64, dv=64, config=NSAConfig.tiny()),
     Case(name="group-3", lengths=(), group=3, kv_heads=1, dk=24, dv=40, config=NSAConfig.tiny()),
-    Case(name="group-16", lengths=(), group=16, kv_heads=1, dk=128, dv=128, config=PAPER),
-    Case(name="wide-keys", lengths=(), group=4, kv_heads=1, dk=192, dv=128, config=PAPER),
+    Case(
+        name="group-16", lengths=(), group=16, kv_heads=1, dk=128, dv=128, config=NSAConfig.tiny()
+    ),
+    Case(name="hopper", lengths=(), group=8, kv_heads=2, dk=128, dv=64, config=PAPER),
+    Case(
+        name="wide-keys", lengths=(), group=4, kv_heads=1, dk=192, dv=128, config=NSAConfig.tiny()
+    ),
     Case(name="group-64", lengths=(), group=64, kv_heads=1, dk=32, dv=32, config=NSAConfig.tiny()),
     Case(name="dim-256", lengths=(), group=2, kv_heads=1, dk=256, dv=256, config=PAPER),
     Case(name="dim-96", lengths=(), group=8, kv_heads=1, dk=96, dv=64, config=cases.WIDE),
 ]
-LONGEST = 150  # The oracle is a loop in Python.
+ROWS = 300  # Queries times heads of one case: the oracle is a loop in Python.
 
 
 @st.composite
@@ -36,8 +41,7 @@ def drawn(draw: st.DrawFn) -> Case:
     """Lengths, packing, offset, dtype and values for one of the compiled shapes."""
     base = draw(st.sampled_from(COMPILED))
     packed = draw(st.booleans())
-    limit = LONGEST // max(1, base.group // 4)
-    length = st.integers(0, limit)
+    length = st.integers(0, min(100, ROWS // (base.group * base.kv_heads)))
     if packed:
         lengths = tuple(draw(st.lists(length, min_size=1, max_size=3)))
     else:
@@ -94,10 +98,12 @@ def test_generated_shapes(shard):
     assert count >= 32
 
 
-NAMED = EDGES + cases.HUGE + cases.DTYPES[1:]
+# Of float32 inputs with logits of 1e4 the saved float32 lse is too coarse for the gradients.
+HUGE = [replace(case, dtype=dtype) for case in cases.HUGE for dtype in DTYPES]
+NAMED = EDGES + HUGE + cases.DTYPES[1:]
 
 
-@pytest.mark.parametrize("case", NAMED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", NAMED, ids=lambda case: f"{case.name}-{case.dtype}")
 def test_named_cases(case):
     check_all(case)
 

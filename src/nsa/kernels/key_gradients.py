@@ -8,6 +8,7 @@ cut into segments of queries whose float32 partial sums a last kernel adds in or
 import triton
 import triton.language as tl
 
+from nsa.kernels.query_gradients import row_values
 from nsa.kernels.tiles import locate_tile
 
 
@@ -22,15 +23,13 @@ def _dkv_step(
     m_see,
     q_ptr,
     do_ptr,
-    lse_ptr,
-    delta_ptr,
-    gates_ptr,
+    rows_ptr,
+    num_rows,
     scale_log2,
     DK: tl.constexpr,
     DKP: tl.constexpr,
     DV: tl.constexpr,
     DVP: tl.constexpr,
-    GATED: tl.constexpr,
 ):
     """Adds query rows ``p_row`` to ``dk [BN, DKP]`` (not yet scaled) and ``dv [BN, DVP]``."""
     o_dk = tl.arange(0, DKP)
@@ -39,20 +38,14 @@ def _dkv_step(
     m_do = m_row[:, None] & (o_dv < DV)[None, :]
     b_q = tl.load(q_ptr + p_row[:, None] * DK + o_dk[None, :], mask=m_q, other=0.0)
     b_do = tl.load(do_ptr + p_row[:, None] * DV + o_dv[None, :], mask=m_do, other=0.0)
-    b_lse = tl.load(lse_ptr + p_row, mask=m_row, other=float("inf")) * 1.4426950408889634
-    b_delta = tl.load(delta_ptr + p_row, mask=m_row, other=0.0)
+    b_lse, b_delta, b_gate = row_values(rows_ptr, p_row, m_row, num_rows)
     b_p = tl.exp2(
         tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2 - b_lse[None, :]
     )  # [BN, BM]
     b_p = tl.where(m_see, b_p, 0.0)
     b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
-    if GATED:
-        b_gate = tl.load(gates_ptr + p_row * 3, mask=m_row, other=0.0).to(tl.float32)
-        b_dv = tl.dot((b_p * b_gate[None, :]).to(b_do.dtype), b_do, b_dv, input_precision="ieee")
-        b_ds = b_p * (b_dp * b_gate[None, :] - b_delta[None, :])
-    else:
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
-        b_ds = b_p * (b_dp - b_delta[None, :])
+    b_dv = tl.dot((b_p * b_gate[None, :]).to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+    b_ds = b_p * (b_dp * b_gate[None, :] - b_delta[None, :])
     b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     return b_dk, b_dv
 
@@ -63,14 +56,13 @@ def range_dkv_kernel(
     do_ptr,
     k_ptr,
     v_ptr,
-    gates_ptr,
-    lse_ptr,
-    delta_ptr,
+    rows_ptr,
     dk_ptr,
     dv_ptr,
     cu_seqlens_ptr,
     tile_offsets_ptr,
     num_seqs,
+    num_rows,
     T_q,
     T_k,
     T_c,
@@ -93,7 +85,6 @@ def range_dkv_kernel(
     WINDOW: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    GATED: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """Grid (key tiles, K, segments of queries): window keys or compressed keys.
@@ -169,15 +160,13 @@ def range_dkv_kernel(
             m_see & m_n,
             q_ptr,
             do_ptr,
-            lse_ptr,
-            delta_ptr,
-            gates_ptr,
+            rows_ptr,
+            num_rows,
             scale_log2,
             DK,
             DKP,
             DV,
             DVP,
-            GATED,
         )
     tl.store(dk_ptr + i_part * part_dk + p_k, (b_dk * scale).to(dk_ptr.dtype.element_ty), mask=m_k)
     tl.store(dv_ptr + i_part * part_dv + p_v, b_dv.to(dv_ptr.dtype.element_ty), mask=m_v)
@@ -189,9 +178,7 @@ def selected_dkv_kernel(
     do_ptr,
     k_ptr,
     v_ptr,
-    gates_ptr,
-    lse_ptr,
-    delta_ptr,
+    rows_ptr,
     dk_ptr,
     dv_ptr,
     entries_ptr,
@@ -201,6 +188,7 @@ def selected_dkv_kernel(
     num_keys_ptr,
     first_query_ptr,
     num_lists,
+    num_rows,
     q_offset,
     scale_log2,
     scale,
@@ -216,7 +204,6 @@ def selected_dkv_kernel(
     SELECT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    GATED: tl.constexpr,
 ):
     """Grid (parts, SELECT / BN): a part is a segment of the queries of one (kv head, block).
 
@@ -280,15 +267,13 @@ def selected_dkv_kernel(
             m_see,
             q_ptr,
             do_ptr,
-            lse_ptr,
-            delta_ptr,
-            gates_ptr,
+            rows_ptr,
+            num_rows,
             scale_log2,
             DK,
             DKP,
             DV,
             DVP,
-            GATED,
         )
     p_part = (i_part.to(tl.int64) * SELECT + o_n)[:, None]
     tl.store(dk_ptr + p_part * DK + o_dk[None, :], b_dk * scale, mask=m_n & (o_dk < DK)[None, :])
@@ -303,6 +288,7 @@ def sum_parts_kernel(
     first_key_ptr,
     num_keys_ptr,
     num_blocks,
+    SUMS: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -311,7 +297,7 @@ def sum_parts_kernel(
 ):
     """Grid (blocks, K, SELECT / BN).
 
-    Adds the parts of a block in order and writes its keys' gradient.
+    Adds the parts of a block in order, ``SUMS`` of them each, and writes its keys' gradient.
     """
     i_block = tl.program_id(0)
     i_k = tl.program_id(1)
@@ -322,7 +308,9 @@ def sum_parts_kernel(
     key_0 = tl.load(first_key_ptr + i_block)
     m_n = (o_n < tl.load(num_keys_ptr + i_block))[:, None]
     b_sum = tl.zeros([BN, DP], tl.float32)
-    for part in range(tl.load(part_offsets_ptr + i_list), tl.load(part_offsets_ptr + i_list + 1)):
+    first = tl.load(part_offsets_ptr + i_list) * SUMS
+    last = tl.load(part_offsets_ptr + i_list + 1) * SUMS
+    for part in range(first, last):
         p_part = (part * SELECT + o_n.to(tl.int64))[:, None] * D + o_d[None, :]
         b_sum += tl.load(parts_ptr + p_part, mask=m_n & m_d, other=0.0)
     p_out = out_ptr + ((key_0 + o_n) * K + i_k)[:, None] * D + o_d[None, :]

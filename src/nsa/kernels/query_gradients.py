@@ -1,4 +1,4 @@
-"""Backward, query side: what each query row needs (``delta``, gradients of the gates), then ``dq``.
+"""Backward, query side: what each query row needs, gradients of the gates, then ``dq``.
 
 With ``dp = do v^T`` and ``delta = sum(do * o)`` of a branch, the gradient of its logits is ``p * (g
 * (dp - delta) + dlse)``, where ``g`` is the branch's gate (1 for a branch alone).
@@ -11,14 +11,17 @@ from nsa.kernels.tiles import chosen_block, locate_tile, num_visible
 
 
 @triton.jit
-def delta_kernel(
+def row_values_kernel(
     do_ptr,
     o_cmp_ptr,
     o_slc_ptr,
     o_win_ptr,
+    lse_cmp_ptr,
+    lse_slc_ptr,
+    lse_win_ptr,
     gates_ptr,
     dlse_ptr,
-    delta_ptr,
+    rows_ptr,
     dgates_ptr,
     num_rows,
     DV: tl.constexpr,
@@ -30,9 +33,10 @@ def delta_kernel(
     DLSE: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Grid (rows / R).
+    """Grid (rows / R): ``rows [3 branches, 3, num_rows]`` fp32 and ``dgates [num_rows, 3]``.
 
-    ``delta [3, rows]`` fp32 is ``g * sum(do * o_branch) - dlse``; ``dgates [rows, 3]``.
+    The values are the base-2 lse (inf where nothing is visible, so that p = 0), ``delta = g *
+    sum(do * o_branch) - dlse``, and the gate.
     """
     p_row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     o_dv = tl.arange(0, DVP)
@@ -43,29 +47,31 @@ def delta_kernel(
     for i in tl.static_range(3):
         if (CMP and i == 0) or (SLC and i == 1) or (WIN and i == 2):
             p_o = o_cmp_ptr if i == 0 else (o_slc_ptr if i == 1 else o_win_ptr)
+            p_lse = lse_cmp_ptr if i == 0 else (lse_slc_ptr if i == 1 else lse_win_ptr)
             b_delta = tl.sum(b_do * tl.load(p_o + p, mask=m, other=0.0).to(tl.float32), 1)
             if GATED:
-                tl.store(
-                    dgates_ptr + p_row * 3 + i, b_delta.to(dgates_ptr.dtype.element_ty), mask=m_row
-                )
-                b_delta *= tl.load(gates_ptr + p_row * 3 + i, mask=m_row, other=0.0).to(tl.float32)
+                b_gate = tl.load(gates_ptr + p_row * 3 + i, mask=m_row, other=0.0).to(tl.float32)
+                p_dgate = dgates_ptr + p_row * 3 + i
+                tl.store(p_dgate, b_delta.to(dgates_ptr.dtype.element_ty), mask=m_row)
+                b_delta *= b_gate
+            else:
+                b_gate = tl.full([R], 1.0, tl.float32)
             if DLSE:
                 b_delta -= tl.load(dlse_ptr + p_row, mask=m_row, other=0.0)
-            tl.store(delta_ptr + i * num_rows.to(tl.int64) + p_row, b_delta, mask=m_row)
+            b_lse = tl.load(p_lse + p_row, mask=m_row, other=0.0) * 1.4426950408889634
+            b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+            p_out = rows_ptr + i * 3 * num_rows.to(tl.int64) + p_row
+            tl.store(p_out, b_lse, mask=m_row)
+            tl.store(p_out + num_rows, b_delta, mask=m_row)
+            tl.store(p_out + 2 * num_rows.to(tl.int64), b_gate, mask=m_row)
 
 
 @triton.jit
-def _row_values(
-    lse_ptr, delta_ptr, gates_ptr, p_row, m_row, num_rows, i: tl.constexpr, GATED: tl.constexpr
-):
-    """Base-2 lse (inf where nothing is visible, so that p = 0), delta and gate of rows."""
-    b_lse = tl.load(lse_ptr + p_row, mask=m_row, other=float("inf"))
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * 1.4426950408889634
-    b_delta = tl.load(delta_ptr + i * num_rows.to(tl.int64) + p_row, mask=m_row, other=0.0)
-    if GATED:
-        b_gate = tl.load(gates_ptr + p_row * 3 + i, mask=m_row, other=0.0).to(tl.float32)
-    else:
-        b_gate = tl.full(b_delta.shape, 1.0, tl.float32)
+def row_values(rows_ptr, p_row, m_row, num_rows):
+    """Base-2 lse, delta and gate of rows of one branch; rows that do not exist have p = 0."""
+    b_lse = tl.load(rows_ptr + p_row, mask=m_row, other=float("inf"))
+    b_delta = tl.load(rows_ptr + num_rows + p_row, mask=m_row, other=0.0)
+    b_gate = tl.load(rows_ptr + 2 * num_rows.to(tl.int64) + p_row, mask=m_row, other=0.0)
     return b_lse, b_delta, b_gate
 
 
@@ -89,11 +95,7 @@ def dq_kernel(
     v_slc_ptr,
     k_win_ptr,
     v_win_ptr,
-    gates_ptr,
-    lse_cmp_ptr,
-    lse_slc_ptr,
-    lse_win_ptr,
-    delta_ptr,
+    rows_ptr,
     dq_ptr,
     blocks_ptr,
     bits_ptr,
@@ -128,7 +130,6 @@ def dq_kernel(
     SLC: tl.constexpr,
     ALL: tl.constexpr,
     WIN: tl.constexpr,
-    GATED: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """Grid (query tiles, K). ``dq`` of the branches switched on, summed in float32."""
@@ -161,9 +162,7 @@ def dq_kernel(
     b_dq = tl.zeros([BM, DKP], tl.float32)
 
     if CMP:
-        b_lse, b_delta, b_gate = _row_values(
-            lse_cmp_ptr, delta_ptr, gates_ptr, p_row, m_row, num_rows, 0, GATED
-        )
+        b_lse, b_delta, b_gate = row_values(rows_ptr, p_row, m_row, num_rows)
         b_visible = num_visible(position, BLOCK, STRIDE)
         n_any = num_visible(last, BLOCK, STRIDE)
         o_n = tl.arange(0, BN)
@@ -177,8 +176,8 @@ def dq_kernel(
             b_dq = _dq_step(b_dq, b_q, b_do, b_k, b_v, m_see, b_lse, b_delta, b_gate, scale_log2)
 
     if SLC:
-        b_lse, b_delta, b_gate = _row_values(
-            lse_slc_ptr, delta_ptr, gates_ptr, p_row, m_row, num_rows, 1, GATED
+        b_lse, b_delta, b_gate = row_values(
+            rows_ptr + 3 * num_rows.to(tl.int64), p_row, m_row, num_rows
         )
         p_tile = (i_tile * K + i_k).to(tl.int64)
         count = last // SELECT + 1 if ALL else tl.load(counts_ptr + p_tile)
@@ -206,8 +205,8 @@ def dq_kernel(
             b_dq = _dq_step(b_dq, b_q, b_do, b_k, b_v, m_see, b_lse, b_delta, b_gate, scale_log2)
 
     if WIN:
-        b_lse, b_delta, b_gate = _row_values(
-            lse_win_ptr, delta_ptr, gates_ptr, p_row, m_row, num_rows, 2, GATED
+        b_lse, b_delta, b_gate = row_values(
+            rows_ptr + 6 * num_rows.to(tl.int64), p_row, m_row, num_rows
         )
         o_n = tl.arange(0, BN)
         o_k = (o_n * K + i_k)[:, None] * DK + o_dk[None, :]

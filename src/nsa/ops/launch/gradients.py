@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nsa.kernels.query_gradients import delta_kernel, dq_kernel
+from nsa.kernels.query_gradients import dq_kernel, row_values_kernel
 from nsa.ops.launch.branches import Branch, Geometry
 from nsa.ops.launch.key_gradients import EVERYTHING, Rows, range_dkv, selected_dkv
 from nsa.ops.launch.select_blocks import union_blocks
@@ -21,6 +21,8 @@ from nsa.ops.launch.tiles import (
     next_power_of_2,
 )
 from nsa.ops.launch.tuned import tile
+
+NAMES = ("cmp", "slc", "win")
 
 
 def attention_bwd(
@@ -38,70 +40,61 @@ def attention_bwd(
     do, q = do.contiguous(), q.contiguous()
     gates = None if gates is None else gates.contiguous()
     branches = {name: branch.contiguous() for name, branch in branches.items()}
-    delta, dgates = _delta(do, branches, gates, dlse)
-    grads = {"dq": _dq(do, q, branches, gates, delta, geometry)}
+    values, dgates = _row_values(do, branches, gates, dlse)
+    grads = {"dq": _dq(do, q, branches, values, geometry)}
     if dgates is not None:
         grads["dgates"] = dgates
     for name, branch in branches.items():
-        i = ("cmp", "slc", "win").index(name)
-        rows: Rows = {
-            "q_ptr": q,
-            "do_ptr": do,
-            "k_ptr": branch.k,
-            "v_ptr": branch.v,
-            "lse_ptr": branch.lse,
-            "gates_ptr": q if gates is None else gates.view(-1)[i:],
-            "delta_ptr": delta[i],
-            "GATED": gates is not None,
-        }
+        rows = Rows(q, do, values[NAMES.index(name)])
         if branch.block_indices is not None:
-            dk, dv = selected_dkv(rows, q, branch, geometry)
+            dk, dv = selected_dkv(rows, branch, geometry)
         elif name == "slc":
-            dk, dv = range_dkv(rows, q, branch, replace(geometry, window_size=EVERYTHING))
+            dk, dv = range_dkv(rows, branch, replace(geometry, window_size=EVERYTHING))
         else:
-            dk, dv = range_dkv(rows, q, branch, geometry, compressed=name == "cmp")
+            dk, dv = range_dkv(rows, branch, geometry, compressed=name == "cmp")
         grads[f"dk_{name}"], grads[f"dv_{name}"] = dk, dv
     return grads
 
 
-def _delta(
+def _row_values(
     do: Tensor, branches: dict[str, Branch], gates: Tensor | None, dlse: Tensor | None, R=16
 ) -> tuple[Tensor, Tensor | None]:
+    """``rows [3, 3, num_rows]`` and ``dgates``: see ``row_values_kernel``."""
     num_rows = do.numel() // do.shape[-1]
-    delta = torch.empty(3, num_rows, dtype=torch.float32, device=do.device)
+    values = torch.empty(3, 3, num_rows, dtype=torch.float32, device=do.device)
     dgates = None if gates is None else torch.empty_like(gates)
-    outputs = {
-        f"o_{name}_ptr": branches[name].o if name in branches else do
-        for name in ("cmp", "slc", "win")
+    tensors = {
+        f"{field}_{name}_ptr": getattr(branches[name], field) if name in branches else do
+        for field in ("o", "lse")
+        for name in NAMES
     }
     if num_rows:
         launch(
-            delta_kernel,
+            row_values_kernel,
             (ceil_div(num_rows, R),),
             do_ptr=do,
-            **outputs,
+            **tensors,
             gates_ptr=do if gates is None else gates,
             dlse_ptr=do if dlse is None else dlse.contiguous(),
-            delta_ptr=delta,
+            rows_ptr=values,
             dgates_ptr=do if dgates is None else dgates,
             num_rows=num_rows,
             DV=do.shape[-1],
             DVP=next_power_of_2(do.shape[-1]),
-            **{name.upper(): name in branches for name in ("cmp", "slc", "win")},
+            **{name.upper(): name in branches for name in NAMES},
             GATED=gates is not None,
             DLSE=dlse is not None,
             R=R,
             num_warps=4,
         )
-    return delta, dgates
+    return values, dgates
 
 
 def _dq(
     do: Tensor,
     q: Tensor,
     branches: dict[str, Branch],
-    gates: Tensor | None,
-    delta: Tensor,
+    values: Tensor,
     geometry: Geometry,
 ) -> Tensor:
     dq = torch.empty_like(q)
@@ -114,9 +107,9 @@ def _dq(
     if slc is not None and slc.block_indices is not None and q.numel():
         union = union_blocks(slc.block_indices, tiles, q.shape[-3])
     tensors = {}
-    for name in ("cmp", "slc", "win"):
+    for name in NAMES:
         branch = branches.get(name)
-        for field in ("k", "v", "lse"):
+        for field in ("k", "v"):
             tensors[f"{field}_{name}_ptr"] = q if branch is None else getattr(branch, field)
     tokens = branches.get("slc") or branches.get("win")
     if q.numel():
@@ -126,14 +119,13 @@ def _dq(
             q_ptr=q,
             do_ptr=do,
             **tensors,
-            gates_ptr=q if gates is None else gates,
-            delta_ptr=delta,
+            rows_ptr=values,
             dq_ptr=dq,
             blocks_ptr=union[0],
             bits_ptr=union[1],
             counts_ptr=union[2],
             **tiles.arguments(),
-            num_rows=delta.shape[1],
+            num_rows=values.shape[-1],
             T_q=q.shape[-3],
             T_k=q.shape[-3] if tokens is None else tokens.k.shape[-3],
             T_c=0 if cmp is None else cmp.k.shape[-3],
@@ -151,7 +143,6 @@ def _dq(
             SLC=slc is not None,
             ALL=slc is not None and slc.block_indices is None,
             WIN="win" in branches,
-            GATED=gates is not None,
             **shape._asdict(),
         )
     return dq
