@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -24,11 +23,13 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from nsa import NSAConfig
 from nsa.ops import launch
-from nsa.ops.launch import tuned
+from nsa.ops.launch import hopper_key_gradients, tuned
 from nsa.ops.launch.compress_kv import compress_bwd, compress_fwd
 
 RECORDED = Path(__file__).with_name("resources.json")
@@ -147,13 +148,17 @@ def tiles_of(capability: int) -> Iterator[None]:
 
     def measured(kernel: str, sizes: dict[str, int], like: Tensor) -> tuned.Tile | None:
         ASKED.add((capability, kernel, sizes["DKP"], sizes.get("DVP", 0), sizes["GP"]))
-        on_gpu = SimpleNamespace(element_size=like.element_size, is_cuda=True, device=like.device)
-        return find(kernel, sizes, cast(Tensor, on_gpu))
+        return find(kernel, sizes, like)
 
-    capabilities = mock.patch.object(
-        torch.cuda, "get_device_capability", return_value=divmod(capability, 10)
-    )
-    with mock.patch.object(tuned, "_measured", measured), capabilities:
+    def major(like: Tensor) -> int:
+        return capability // 10
+
+    with (
+        mock.patch.object(tuned, "_measured", measured),
+        mock.patch.object(tuned, "capability", major),
+        mock.patch.object(hopper_key_gradients, "capability", major),
+        mock.patch.object(Tensor, "data_ptr", return_value=0),  # Descriptors look at its alignment.
+    ):
         yield
 
 
@@ -243,6 +248,10 @@ def _specialization(
             signature[name] = POINTERS[value.dtype]
             aligned = value.storage_offset() * value.element_size() % 16 == 0
             attributes |= {(i,): ALIGNED} if aligned else {}
+        elif isinstance(value, TensorDescriptor):
+            dtype = POINTERS[value.base.dtype].removeprefix("*")
+            box = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{dtype}[{box}],{value.layout!r}>"
         elif type(value) is int:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             attributes |= {(i,): ALIGNED} if value % 16 == 0 else {}
@@ -267,7 +276,8 @@ POINTERS = {
 def compile_launch(item: Launch, capability: int) -> Resources:
     """Compiles for ``sm_<capability>`` and reads what the machine code takes."""
     signature, constants, attributes = _specialization(item)
-    source = ASTSource(item.kernel, signature, constants, attributes)
+    kind = GluonASTSource if item.kernel.is_gluon() else ASTSource
+    source = kind(item.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=_options(item))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

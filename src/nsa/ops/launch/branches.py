@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nsa.ops.launch.tiles import LOG2_E
+
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
@@ -43,3 +45,11 @@ class Geometry:
     softmax_scale: float
     q_offset: int = 0
     cu_seqlens: Tensor | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Kernel arguments: where the queries begin, and the factors of logits and gradients."""
+        return {
+            "q_offset": self.q_offset,
+            "scale_log2": self.softmax_scale * LOG2_E,
+            "scale": self.softmax_scale,
+        }

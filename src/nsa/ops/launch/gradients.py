@@ -12,7 +12,6 @@ from nsa.ops.launch.branches import Branch, Geometry
 from nsa.ops.launch.key_gradients import EVERYTHING, Rows, range_dkv, selected_dkv
 from nsa.ops.launch.select_blocks import union_blocks
 from nsa.ops.launch.tiles import (
-    LOG2_E,
     QueryTiles,
     ceil_div,
     heads,
@@ -129,9 +128,7 @@ def _dq(
             T_q=q.shape[-3],
             T_k=q.shape[-3] if tokens is None else tokens.k.shape[-3],
             T_c=0 if cmp is None else cmp.k.shape[-3],
-            q_offset=geometry.q_offset,
-            scale_log2=geometry.softmax_scale * LOG2_E,
-            scale=geometry.softmax_scale,
+            **geometry.scalars(),
             **sizes,
             BLOCK=geometry.compress_block_size,
             STRIDE=geometry.compress_stride,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.kernels import hopper_key_gradients as kernels
+from nsa.ops.launch.tuned import capability
 
 KEYS = 128  # Of a tile: 64 for each of two warpgroups. Selected blocks have 64.
 BM = 32  # Query rows of a step; 64 do not fit the registers.
@@ -16,8 +16,7 @@ BM = 32  # Query rows of a step; 64 do not fit the registers.
 def applies(q: Tensor, v: Tensor, sizes: dict[str, int]) -> bool:
     """Hopper, 16-bit, head dims of 64 or 128, and groups whose rows fill the swizzle's pattern."""
     return (
-        q.is_cuda
-        and torch.cuda.get_device_capability(q.device)[0] == 9
+        capability(q) == 9
         and q.element_size() == 2
         and {q.shape[-1], v.shape[-1]} <= {64, 128}
         and sizes["G"] in (8, 16, 32)

@@ -17,7 +17,6 @@ from nsa.ops.launch import hopper_key_gradients as hopper
 from nsa.ops.launch.block_lists import block_table, invert
 from nsa.ops.launch.branches import Branch, Geometry
 from nsa.ops.launch.tiles import (
-    LOG2_E,
     QueryTiles,
     ceil_div,
     heads,
@@ -103,9 +102,7 @@ def range_dkv(
             "T_q": q.shape[-3],
             "T_k": num_tokens,
             "T_c": branch.k.shape[-3],
-            "q_offset": geometry.q_offset,
-            "scale_log2": geometry.softmax_scale * LOG2_E,
-            "scale": geometry.softmax_scale,
+            **geometry.scalars(),
             "segment": segment,
             "part_dk": branch.k.numel(),
             "part_dv": branch.v.numel(),
@@ -123,32 +120,28 @@ def range_dkv(
     return dk.sum(0).to(q.dtype), dv.sum(0).to(q.dtype)
 
 
-def selected_dkv(
-    rows: Rows,
-    branch: Branch,
-    geometry: Geometry,
-) -> tuple[Tensor, Tensor]:
+def selected_dkv(rows: Rows, branch: Branch, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """``dk, dv`` of the keys of selected blocks."""
     q = rows.q
     sizes = heads(q, branch.k, branch.v)
-    shape = tile("selected_dkv", sizes, q)
-    on_hopper = geometry.block_size == 64 and hopper.applies(q, branch.v, sizes)
-    sums, part = (2, 2 * PART) if on_hopper else (1, PART)
     num_kv_heads, size = sizes["K"], geometry.block_size
+    shape = tile("selected_dkv", sizes, q)
+    shape = shape._replace(BN=key_tile(shape.BN, size))
     dk, dv = torch.zeros_like(branch.k), torch.zeros_like(branch.v)
     assert branch.block_indices is not None, "the selected branch needs its block indices"
     if not q.numel():
         return dk, dv
     blocks = block_table(branch.k, q, geometry.cu_seqlens, size)
-    num_lists = num_kv_heads * blocks.num_blocks
     entries, entry_offsets = invert(branch.block_indices, blocks, num_kv_heads)
-    counts = entry_offsets[1:] - entry_offsets[:-1]
+    on_hopper = size == 64 and hopper.applies(q, branch.v, sizes)
+    sums, part = (2, 2 * PART) if on_hopper else (1, PART)
     part_offsets = torch.zeros_like(entry_offsets)
-    part_offsets[1:] = torch.cumsum((counts + part - 1) // part, 0)
+    part_offsets[1:] = torch.cumsum((entry_offsets.diff() + part - 1) // part, 0)
+    num_lists = num_kv_heads * blocks.num_blocks
     max_parts = num_lists + branch.block_indices.numel() // part
-    parts_k = q.new_empty(sums * max_parts, size, sizes["DK"], dtype=torch.float32)
-    parts_v = q.new_empty(sums * max_parts, size, sizes["DV"], dtype=torch.float32)
-    shape = shape._replace(BN=key_tile(shape.BN, size))
+    parts_k, parts_v = (
+        q.new_empty(sums * max_parts, size, sizes[dim], dtype=torch.float32) for dim in ("DK", "DV")
+    )
     where = {
         "part_offsets_ptr": part_offsets,
         "first_key_ptr": blocks.first_key,
@@ -163,20 +156,15 @@ def selected_dkv(
         "first_query_ptr": blocks.first_query,
         "num_lists": num_lists,
         "num_rows": rows.values.shape[-1],
-        "q_offset": geometry.q_offset,
-        "scale_log2": geometry.softmax_scale * LOG2_E,
-        "scale": geometry.softmax_scale,
+        **geometry.scalars(),
         "segment": part,
     }
     if on_hopper:
-        fast = hopper.selected_arguments(sizes)
-        launch(
-            hopper_selected_dkv_kernel, (max_parts,), **rows.descriptors(branch), **common, **fast
-        )
+        common |= {**rows.descriptors(branch), **hopper.selected_arguments(sizes)}
+        launch(hopper_selected_dkv_kernel, (max_parts,), **common)
     else:
-        grid = (max_parts, ceil_div(size, shape.BN))
-        plain = {**sizes, "SELECT": size, **shape._asdict()}
-        launch(selected_dkv_kernel, grid, **rows.arguments(branch), **common, **plain)
+        common |= {**rows.arguments(branch), **sizes, "SELECT": size, **shape._asdict()}
+        launch(selected_dkv_kernel, (max_parts, ceil_div(size, shape.BN)), **common)
     for parts, out in ((parts_k, dk), (parts_v, dv)):
         launch(
             sum_parts_kernel,

@@ -59,8 +59,7 @@ def select_blocks(
         return indices
     shape = tile("block_scores", sizes, q)
     tiles = QueryTiles.of(q, cu_seqlens, shape.BM // sizes["GP"])
-    per_block = config.block_size // config.compress_stride
-    padded = next_power_of_2(per_block)
+    padded = next_power_of_2(config.block_size // config.compress_stride)
     stride_row = config.num_blocks(q_offset + q.shape[-3])
     tile_bytes = tiles.tokens * sizes["K"] * stride_row * 8
     per_chunk = min(tiles.num_tiles, max(1, SCORE_BYTES // tile_bytes))

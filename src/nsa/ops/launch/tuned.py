@@ -44,11 +44,15 @@ def tile(kernel: str, sizes: dict[str, int], like: Tensor) -> Tile:
     return found._replace(BM=rows)
 
 
+def capability(like: Tensor) -> int:
+    """Major compute capability of the GPU that holds a tensor: 9 for Hopper, 0 without a GPU."""
+    return torch.cuda.get_device_capability(like.device)[0] if like.is_cuda else 0
+
+
 def _measured(kernel: str, sizes: dict[str, int], like: Tensor) -> Tile | None:
-    if like.element_size() != 2 or not like.is_cuda:
+    if like.element_size() != 2:
         return None
-    major, _ = torch.cuda.get_device_capability(like.device)
-    for entry in table(f"sm{major}0").get(kernel, []):
+    for entry in table(f"sm{capability(like)}0").get(kernel, []):
         fits = entry["key_dim"] == sizes["DKP"] and entry["value_dim"] == sizes.get("DVP", 0)
         if fits and entry["group"] in (0, sizes["GP"]):
             return Tile(*entry["tile"])
