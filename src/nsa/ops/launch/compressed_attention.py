@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.kernels.compressed_attention import compressed_attention_fwd_kernel
+from nsa.ops.launch import hopper_forward
 from nsa.ops.launch.branches import Branch, Geometry
 from nsa.ops.launch.gradients import attention_bwd
 from nsa.ops.launch.tiles import LOG2_E, QueryTiles, heads, launch
@@ -27,6 +28,22 @@ def compressed_attention_fwd(
     q, k_cmp, v_cmp = q.contiguous(), k_cmp.contiguous(), v_cmp.contiguous()
     o = q.new_empty(*q.shape[:-1], v_cmp.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    if hopper_forward.has_attention(q, k_cmp, v_cmp, softmax_scale):
+        hopper_forward.attention_fwd(
+            q,
+            k_cmp,
+            v_cmp,
+            o,
+            lse,
+            cu_seqlens=cu_seqlens,
+            geometry={
+                "BLOCK": compress_block_size,
+                "STRIDE": compress_stride,
+                "q_offset": q_offset,
+            },
+            softmax_scale=softmax_scale,
+        )
+        return o, lse
     sizes = heads(q, k_cmp, v_cmp)
     shape = tile("compressed_attention_fwd", sizes, q)
     tiles = QueryTiles.of(q, cu_seqlens, shape.BM // sizes["GP"])

@@ -9,49 +9,56 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa.kernels.hopper_forward import hopper_attention_fwd_kernel, hopper_scores_kernel
+from nsa.kernels.hopper_forward import hopper_attention_fwd_kernel
+from nsa.kernels.hopper_scores import hopper_scores_kernel
 from nsa.ops.launch.tiles import LOG2_E, QueryTiles, launch, next_power_of_2
 
 DIMS = (64, 128)
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-# Registers a thread at the start of the three warp groups: 384 threads share 64 Ki.
+DTYPES = (torch.bfloat16, torch.float16)
+# Registers a thread with which the three warp groups start: 384 threads share 64 Ki.
 START = {"num_warps": 4, "maxnreg": 168}
 
 
 class HopperTile(NamedTuple):
-    """Query rows of two warp groups, keys of a step, and tiles of keys in flight."""
+    """Query rows of two warp groups, keys of a step, and places of the ring of keys."""
 
     BM: int
     BN: int
     STAGES: int
 
 
-ATTENTION = HopperTile(128, 128, 2)
-SCORES = HopperTile(256, 64, 4)
+# Keys are given back a step late, so two places would leave no time for a copy.
+ATTENTION = HopperTile(128, 128, 3)
 
 
-def _is_hopper(like: Tensor, *tensors: Tensor) -> bool:
-    """Whether tensors can be copied by the copy engine of the device they are on."""
-    if not like.is_cuda or torch.cuda.get_device_capability(like.device)[0] != 9:
-        return False
-    aligned = all(x.data_ptr() % 16 == 0 and x.numel() > 0 for x in tensors)
-    return aligned and like.dtype in DTYPES
+def scores_tile(group: int) -> HopperTile:
+    """A thread keeps the sums of 16 tokens: those of more would not fit its registers."""
+    return HopperTile(min(512, 32 * next_power_of_2(group)), 64, 4)
 
 
 def has_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, softmax_scale: float) -> bool:
-    """Whether ``attention_fwd`` applies; the maximum of logits is taken before they are scaled."""
+    """Whether ``attention_fwd`` applies; it takes the maximum of logits before it scales them."""
     group = q.shape[-2] // k_cmp.shape[-2]
     fits = group == next_power_of_2(group) <= ATTENTION.BM
     dims = q.shape[-1] in DIMS and v_cmp.shape[-1] in DIMS
-    return fits and dims and softmax_scale > 0 and _is_hopper(q, q, k_cmp, v_cmp)
+    return fits and dims and softmax_scale > 0 and _can_copy(q, k_cmp, v_cmp)
 
 
 def has_scores(q: Tensor, k_cmp: Tensor, keys_per_block: int) -> bool:
-    """Whether ``block_scores`` applies."""
-    group = q.shape[-2] // k_cmp.shape[-2]
-    fits = 2 * next_power_of_2(group) <= SCORES.BM
-    whole = keys_per_block == next_power_of_2(keys_per_block) <= SCORES.BN
-    return fits and whole and q.shape[-1] in DIMS and _is_hopper(q, k_cmp)
+    """Whether ``block_scores`` applies; of small groups, a step would have too few columns."""
+    group = next_power_of_2(q.shape[-2] // k_cmp.shape[-2])
+    whole = keys_per_block == next_power_of_2(keys_per_block) <= scores_tile(group).BN
+    return 8 <= group <= 128 and whole and q.shape[-1] in DIMS and _can_copy(q, k_cmp)
+
+
+def _can_copy(*tensors: Tensor) -> bool:
+    """Whether tensors are on a Hopper GPU and its copy engine can read them."""
+    like = tensors[0]
+    if not like.is_cuda or like.dtype not in DTYPES:
+        return False
+    if torch.cuda.get_device_capability(like.device)[0] != 9:
+        return False
+    return all(x.numel() > 0 and x.data_ptr() % 16 == 0 for x in tensors)
 
 
 def _programs(device: torch.device, tiles: int) -> tuple[int]:
@@ -59,8 +66,9 @@ def _programs(device: torch.device, tiles: int) -> tuple[int]:
     return (min(torch.cuda.get_device_properties(device).multi_processor_count, tiles),)
 
 
-def _descriptor(x: Tensor, shape: list[int], block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
+def _descriptor(x: Tensor, shape: tuple[int, ...], block: list[int]) -> TensorDescriptor:
+    # Rows of a supported head dim fill the widest swizzle.
+    layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), len(block))
     return TensorDescriptor.from_tensor(x.view(shape), block, layout)
 
 
@@ -84,9 +92,9 @@ def attention_fwd(
     launch(
         hopper_attention_fwd_kernel,
         _programs(q.device, tiles.num_tiles * num_kv_heads),
-        q_desc=_descriptor(q, [-1, num_heads, key_dim], [tiles.tokens, group, key_dim]),
-        k_desc=_descriptor(k_cmp, [-1, num_kv_heads * key_dim], [tile.BN, key_dim]),
-        v_desc=_descriptor(v_cmp, [-1, num_kv_heads * value_dim], [tile.BN, value_dim]),
+        q_desc=_descriptor(q, (-1, num_heads, key_dim), [tiles.tokens, group, key_dim]),
+        k_desc=_descriptor(k_cmp, (-1, num_kv_heads * key_dim), [tile.BN, key_dim]),
+        v_desc=_descriptor(v_cmp, (-1, num_kv_heads * value_dim), [tile.BN, value_dim]),
         o_ptr=o,
         lse_ptr=lse,
         **tiles.arguments(),
@@ -113,16 +121,16 @@ def block_scores(
     softmax_scale: float,
     num_tiles: int,
     common: dict[str, Any],
-    tile: HopperTile = SCORES,
+    tile: HopperTile,
 ) -> None:
-    """Writes the sums of a chunk of tiles; ``common`` as ``select_blocks`` gives both kernels."""
+    """Writes the sums of a chunk of tiles; ``common``: what ``select_blocks`` gives its kernels."""
     num_heads, key_dim = q.shape[-2:]
     num_kv_heads = k_cmp.shape[-2]
     group = num_heads // num_kv_heads
     launch(
         hopper_scores_kernel,
         _programs(q.device, num_tiles * num_kv_heads),
-        k_desc=_descriptor(k_cmp, [-1, num_kv_heads * key_dim], [tile.BN, key_dim]),
+        k_desc=_descriptor(k_cmp, (-1, num_kv_heads * key_dim), [tile.BN, key_dim]),
         q_ptr=q,
         lse_ptr=lse,
         num_tiles=num_tiles,

@@ -1,0 +1,185 @@
+"""The Hopper kernels of the forward: where they apply, and, without a GPU, that they compile well.
+
+``test_gpu.py`` compares what they compute with the oracle.
+"""
+
+import subprocess
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from tests.kernels.resources import MAX_SHARED, WGMMA, Launch, recording
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nsa.ops.launch import hopper_forward
+from nsa.ops.launch.tiles import QueryTiles
+
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+
+
+def tensors(group, dims, packed, dtype=torch.bfloat16):
+    """q, k_cmp, v_cmp and cu_seqlens, of which only shapes and dtypes are real."""
+    rows, slots = ((4096,), (256,)) if packed else ((2, 4096), (2, 255))
+    shapes = ((*rows, 2 * group, dims[0]), (*slots, 2, dims[0]), (*slots, 2, dims[1]))
+    cu_seqlens = torch.empty(5, dtype=torch.int32, device="meta") if packed else None
+    return [*(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes), cu_seqlens]
+
+
+def attention(group, dims=(128, 128), packed=False, dtype=torch.bfloat16):
+    q, k_cmp, v_cmp, cu_seqlens = tensors(group, dims, packed, dtype)
+    o, lse = torch.empty_like(q), torch.empty(q.shape[:-1], device="meta")
+    hopper_forward.attention_fwd(
+        q,
+        k_cmp,
+        v_cmp,
+        o,
+        lse,
+        cu_seqlens=cu_seqlens,
+        geometry={"BLOCK": 32, "STRIDE": 16, "q_offset": 0},
+        softmax_scale=0.1,
+    )
+
+
+def scores(group, dims=(128, 128), packed=False):
+    q, k_cmp, _, cu_seqlens = tensors(group, dims, packed)
+    tile = hopper_forward.scores_tile(group)
+    tiles = QueryTiles.of(q, cu_seqlens, tile.BM // group)
+    sums = torch.empty(2**20, device="meta")
+    common = {
+        **tiles.arguments(),
+        "BLOCK": 32,
+        "STRIDE": 16,
+        "SELECT": 64,
+        "own_ptr": sums,
+        "next_ptr": sums,
+        "T_q": q.shape[-3],
+        "q_offset": 0,
+        "stride_row": 64,
+        "first_tile": 0,
+    }
+    hopper_forward.block_scores(
+        q,
+        k_cmp,
+        torch.empty(q.shape[:-1], device="meta"),
+        softmax_scale=0.1,
+        num_tiles=tiles.num_tiles,
+        common=common,
+        tile=tile,
+    )
+
+
+def compiled(item: Launch):
+    """The kernel as compiled for ``sm_90``, and what ptxas says about it."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(item.kernel.params):
+        value, name = item.arguments[parameter.name], parameter.name
+        if isinstance(value, TensorDescriptor):
+            block = f"{TYPES[value.base.dtype]}{list(value.block_shape)}"
+            signature[name] = f"tensordesc<{block},{value.layout!r}>"
+        elif isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr:
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = "i32" if isinstance(value, int) else "fp32"
+    source = GluonASTSource(item.kernel, signature, constants, attributes)
+    options = {name: item.arguments[name] for name in ("num_warps", "maxnreg")}
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(kernel.asm["ptx"])
+        ptx.flush()
+        command = [str(PTXAS), "-v", "--gpu-name=sm_90a", ptx.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return kernel, said
+
+
+CASES = {
+    "attention-g16": lambda: attention(16),
+    "attention-g1-d64-packed-fp16": lambda: attention(1, (64, 64), True, torch.float16),
+    "scores-g16": lambda: scores(16),
+    "scores-g8-d64": lambda: scores(8, (64, 64)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_products_overlap_and_nothing_spills(case):
+    launches: list[Launch] = []
+    with (
+        recording(launches),
+        mock.patch.object(hopper_forward, "_programs", return_value=(132,)),
+    ):
+        CASES[case]()
+    (item,) = launches
+    kernel, said = compiled(item)
+    assert WGMMA.search(kernel.asm["ptx"])
+    assert "serialized" not in said
+    assert "0 bytes spill stores" in said
+    assert kernel.metadata.shared <= MAX_SHARED[90]
+
+
+def test_only_gpus_are_asked_for_their_capability():
+    q, k_cmp, v_cmp, _ = tensors(16, (128, 128), False)
+    assert not hopper_forward.has_attention(q, k_cmp, v_cmp, 0.1)
+    assert not hopper_forward.has_scores(q, k_cmp, 4)
+
+
+@pytest.mark.parametrize(
+    ("group", "dims", "scale", "expected"),
+    [
+        pytest.param(16, (128, 128), 0.1, True, id="paper"),
+        pytest.param(1, (64, 128), 0.1, True, id="two-dims"),
+        pytest.param(128, (128, 64), 0.1, True, id="a-tile-of-heads"),
+        pytest.param(12, (128, 128), 0.1, False, id="no-power-of-two"),
+        pytest.param(256, (128, 128), 0.1, False, id="more-than-a-tile"),
+        pytest.param(16, (192, 128), 0.1, False, id="wide-keys"),
+        pytest.param(16, (128, 32), 0.1, False, id="narrow-values"),
+        pytest.param(16, (128, 128), -0.1, False, id="negative-scale"),
+    ],
+)
+def test_where_attention_applies(group, dims, scale, expected):
+    q, k_cmp, v_cmp, _ = tensors(group, dims, False)
+    with mock.patch.object(hopper_forward, "_can_copy", return_value=True):
+        assert hopper_forward.has_attention(q, k_cmp, v_cmp, scale) is expected
+
+
+@pytest.mark.parametrize(
+    ("group", "keys_per_block", "expected"),
+    [
+        pytest.param(16, 4, True, id="paper"),
+        pytest.param(12, 1, True, id="padded-group"),
+        pytest.param(128, 64, True, id="largest"),
+        pytest.param(4, 4, False, id="small-group"),
+        pytest.param(256, 4, False, id="more-than-a-tile"),
+        pytest.param(16, 3, False, id="no-power-of-two"),
+        pytest.param(16, 128, False, id="more-than-a-step"),
+    ],
+)
+def test_where_scores_apply(group, keys_per_block, expected):
+    q, k_cmp, _, _ = tensors(group, (128, 128), False)
+    with mock.patch.object(hopper_forward, "_can_copy", return_value=True):
+        assert hopper_forward.has_scores(q, k_cmp, keys_per_block) is expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "expected"),
+    [
+        pytest.param((9, 0), torch.bfloat16, True, id="hopper"),
+        pytest.param((9, 0), torch.float32, False, id="float32"),
+        pytest.param((8, 0), torch.bfloat16, False, id="ampere"),
+        pytest.param((10, 0), torch.bfloat16, False, id="blackwell"),
+    ],
+)
+def test_where_the_copy_engine_is(capability, dtype, expected):
+    x = mock.Mock(is_cuda=True, dtype=dtype, **{"data_ptr.return_value": 256})
+    x.numel.return_value = 4
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=capability):
+        assert hopper_forward._can_copy(x) is expected
+        x.data_ptr.return_value = 264
+        assert not hopper_forward._can_copy(x)
