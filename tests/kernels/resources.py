@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from nsa import NSAConfig
 from nsa.ops import launch
-from nsa.ops.launch import hopper_key_gradients, tuned
+from nsa.ops.launch import hopper_forward, hopper_key_gradients, tuned
 from nsa.ops.launch.compress_kv import compress_bwd, compress_fwd
 
 RECORDED = Path(__file__).with_name("resources.json")
@@ -39,7 +39,7 @@ MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024}
 # Tensor core instructions: of Hopper's warp groups, and of a warp, which reach half the rate there.
 WGMMA = re.compile(r"\bwgmma\.mma_async\b")
 MMA = re.compile(r"\bmma\.sync\b")
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +55,16 @@ class Layer:
 
 
 # The paper's shape; it at the width that dense kernels support, also with small groups, whose tiles
-# hold many tokens; and packed.
+# hold many tokens; packed; and with groups that tiles pad, which compressed attention on Hopper
+# leaves to the kernel of the other GPUs.
 LAYERS = {
     "paper-d128": Layer(heads=(64, 4), dims=(128, 128)),
     "paper": Layer(heads=(64, 4), dims=(192, 128)),
     "group1-d128": Layer(heads=(32, 32), dims=(128, 128)),
     "group4-d128": Layer(heads=(32, 8), dims=(128, 128)),
     "group1-d64-packed": Layer(heads=(8, 8), dims=(64, 64), packed=True),
+    "group12-d128": Layer(heads=(24, 2), dims=(128, 128)),
+    "group12-d64": Layer(heads=(24, 2), dims=(64, 64)),
 }
 TRAINING = ("compress", "compress-backward", "forward", "backward")
 ALONE = (
@@ -82,6 +85,8 @@ COMPILED = {
     ("group1-d128", 90): ("forward", "backward"),
     ("group4-d128", 90): ("forward", "backward"),
     ("group1-d64-packed", 90): TRAINING,
+    ("group12-d128", 90): ("forward",),
+    ("group12-d64", 90): ("forward",),
 }
 
 
@@ -157,6 +162,8 @@ def tiles_of(capability: int) -> Iterator[None]:
         mock.patch.object(tuned, "_measured", measured),
         mock.patch.object(tuned, "capability", major),
         mock.patch.object(hopper_key_gradients, "capability", major),
+        mock.patch.object(hopper_forward, "capability", major),
+        mock.patch.object(hopper_forward, "_programs", return_value=(132,)),
         mock.patch.object(Tensor, "data_ptr", return_value=0),  # Descriptors look at its alignment.
     ):
         yield

@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from nsa.kernels.hopper_forward import hopper_attention_fwd_kernel
 from nsa.kernels.hopper_scores import hopper_scores_kernel
 from nsa.ops.launch.tiles import LOG2_E, QueryTiles, launch, next_power_of_2
+from nsa.ops.launch.tuned import capability
 
 DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -53,10 +54,7 @@ def has_scores(q: Tensor, k_cmp: Tensor, keys_per_block: int) -> bool:
 
 def _can_copy(*tensors: Tensor) -> bool:
     """Whether tensors are on a Hopper GPU and its copy engine can read them."""
-    like = tensors[0]
-    if not like.is_cuda or like.dtype not in DTYPES:
-        return False
-    if torch.cuda.get_device_capability(like.device)[0] != 9:
+    if capability(tensors[0]) != 9 or tensors[0].dtype not in DTYPES:
         return False
     return all(x.numel() > 0 and x.data_ptr() % 16 == 0 for x in tensors)
 
