@@ -83,3 +83,14 @@ def test_the_environment_reaches_the_ops(monkeypatch):
     monkeypatch.setenv("NSA_BACKEND", "nonsense")
     with pytest.raises(ValueError, match=r"^NSA_BACKEND: expected"):
         window_attention(q, q, q, window_size=2)
+
+
+def test_autocast_does_not_reach_into_the_ops():
+    """Products inside an op keep the dtype of its inputs."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 9, 2, 16)
+    expected = window_attention(q, q, q, window_size=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = window_attention(q, q, q, window_size=4)
+        assert torch.mm(q[0, :, 0], q[0, :, 0].T).dtype == torch.bfloat16
+    assert torch.equal(found, expected)

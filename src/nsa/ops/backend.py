@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from nsa import reference
 
@@ -69,3 +72,20 @@ def implementation(backend: str) -> ModuleType:
         return reference
     assert launch is not None, "resolve_backend lets no kernels through without Triton"
     return launch
+
+
+def custom_op(name: str) -> Callable[[Callable], CustomOpDef]:
+    """``torch.library.custom_op`` of a function without side effects, which autocast leaves alone.
+
+    Autocast stays on inside of an op and would round the products that are meant to be exact.
+    """
+
+    def register(function: Callable) -> CustomOpDef:
+        @functools.wraps(function)
+        def run(first: Tensor, *others: object) -> object:
+            with torch.autocast(first.device.type, enabled=False):
+                return function(first, *others)
+
+        return torch.library.custom_op(name, run, mutates_args=())
+
+    return register

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from nsa.ops import checks
-from nsa.ops.backend import implementation, resolve_backend
+from nsa.ops.backend import custom_op, implementation, resolve_backend
 
 KINDS = ("mlp", "linear", "gated", "mean")
 
@@ -114,7 +113,7 @@ def _check_weights(x: Tensor, phi: CompressorWeights, side: str, kind: str, bloc
             )
 
 
-@torch.library.custom_op("nsa::compress_fwd", mutates_args=())
+@custom_op("nsa::compress_fwd")
 def compress_fwd(
     x: Tensor,
     pe: Tensor | None,
@@ -148,7 +147,7 @@ def _(x, pe, w1, w2, cu_seqlens, kind, compress_block_size, compress_stride, bac
     return x.new_empty(x.shape[0], blocks, *x.shape[2:])
 
 
-@torch.library.custom_op("nsa::compress_bwd", mutates_args=())
+@custom_op("nsa::compress_bwd")
 def compress_bwd(
     dout: Tensor,
     x: Tensor,

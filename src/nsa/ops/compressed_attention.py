@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.ops import checks
-from nsa.ops.backend import implementation, resolve_backend
+from nsa.ops.backend import custom_op, implementation, resolve_backend
 from nsa.ops.fakes import attention_outputs, gradients_of
 
 
@@ -69,7 +69,7 @@ def compressed_attention(
     )
 
 
-@torch.library.custom_op("nsa::compressed_attention_fwd", mutates_args=())
+@custom_op("nsa::compressed_attention_fwd")
 def compressed_attention_fwd(
     q: Tensor,
     k_cmp: Tensor,
@@ -109,7 +109,7 @@ def _(
     return attention_outputs(q, v_cmp)
 
 
-@torch.library.custom_op("nsa::compressed_attention_bwd", mutates_args=())
+@custom_op("nsa::compressed_attention_bwd")
 def compressed_attention_bwd(
     do: Tensor,
     dlse: Tensor | None,

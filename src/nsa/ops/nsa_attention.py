@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.ops import checks
-from nsa.ops.backend import implementation, resolve_backend
+from nsa.ops.backend import custom_op, implementation, resolve_backend
 from nsa.ops.fakes import attention_outputs, gradients_of
 from nsa.ops.select_blocks import config_from
 
@@ -101,7 +101,7 @@ def nsa_attention(
 NOTHING, LISTS, OUTPUTS = range(3)
 
 
-@torch.library.custom_op("nsa::nsa_attention_fwd", mutates_args=())
+@custom_op("nsa::nsa_attention_fwd")
 def nsa_attention_fwd(
     q: Tensor,
     k_cmp: Tensor,
@@ -179,7 +179,7 @@ def _(
     return attention_outputs(q, v_cmp)[0], *saved
 
 
-@torch.library.custom_op("nsa::nsa_attention_bwd", mutates_args=())
+@custom_op("nsa::nsa_attention_bwd")
 def nsa_attention_bwd(
     do: Tensor,
     q: Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor
 from nsa import reference
 from nsa.config import NSAConfig
 from nsa.ops import checks
+from nsa.ops.backend import custom_op
 from nsa.ops.select_blocks import config_from
 
 
@@ -76,7 +77,7 @@ def nsa_decode(
     )
 
 
-@torch.library.custom_op("nsa::nsa_decode_fwd", mutates_args=())
+@custom_op("nsa::nsa_decode_fwd")
 def nsa_decode_fwd(
     q: Tensor,
     k_cmp: Tensor,

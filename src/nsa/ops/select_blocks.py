@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.ops import checks
-from nsa.ops.backend import implementation, resolve_backend
+from nsa.ops.backend import custom_op, implementation, resolve_backend
 
 
 def select_blocks(
@@ -76,7 +76,7 @@ def select_blocks(
     )
 
 
-@torch.library.custom_op("nsa::select_blocks_fwd", mutates_args=())
+@custom_op("nsa::select_blocks_fwd")
 def select_blocks_fwd(
     q: Tensor,
     k_cmp: Tensor,

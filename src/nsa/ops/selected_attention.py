@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.ops import checks
-from nsa.ops.backend import implementation, resolve_backend
+from nsa.ops.backend import custom_op, implementation, resolve_backend
 from nsa.ops.fakes import attention_outputs, gradients_of
 
 
@@ -67,7 +67,7 @@ def selected_attention(
     return o
 
 
-@torch.library.custom_op("nsa::selected_attention_fwd", mutates_args=())
+@custom_op("nsa::selected_attention_fwd")
 def selected_attention_fwd(
     q: Tensor,
     k: Tensor,
@@ -97,7 +97,7 @@ def _(q, k, v, block_indices, cu_seqlens, block_size, softmax_scale, q_offset, b
     return attention_outputs(q, v)
 
 
-@torch.library.custom_op("nsa::selected_attention_bwd", mutates_args=())
+@custom_op("nsa::selected_attention_bwd")
 def selected_attention_bwd(
     do: Tensor,
     dlse: Tensor | None,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.ops import checks
-from nsa.ops.backend import implementation, resolve_backend
+from nsa.ops.backend import custom_op, implementation, resolve_backend
 from nsa.ops.fakes import attention_outputs, gradients_of
 
 
@@ -61,7 +61,7 @@ def window_attention(
     return o
 
 
-@torch.library.custom_op("nsa::window_attention_fwd", mutates_args=())
+@custom_op("nsa::window_attention_fwd")
 def window_attention_fwd(
     q: Tensor,
     k: Tensor,
@@ -89,7 +89,7 @@ def _(q, k, v, cu_seqlens, window_size, softmax_scale, q_offset, backend):
     return attention_outputs(q, v)
 
 
-@torch.library.custom_op("nsa::window_attention_bwd", mutates_args=())
+@custom_op("nsa::window_attention_bwd")
 def window_attention_bwd(
     do: Tensor,
     dlse: Tensor | None,
