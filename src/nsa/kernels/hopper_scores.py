@@ -1,7 +1,7 @@
 """Block scores for Hopper: what ``block_scores_kernel`` writes, with keys copied ahead.
 
-The two warp groups of a program share tiles of keys, and each has its own half of the queries: one
-takes exponentials while the other multiplies. See ``nsa.kernels.hopper_tiles``.
+The two warp groups of a program share tiles of keys, and each has its own half of the queries. See
+``nsa.kernels.hopper_tiles``.
 """
 
 from triton.experimental import gluon
@@ -36,18 +36,19 @@ def _producer(
     STAGES: gl.constexpr,
     PACKED: gl.constexpr,
 ):
-    """Keys, from the last that a tile sees to the first."""
+    """Keys, from the last that a tile sees to the first, an even number of steps."""
     i_copy = 0
     for i_flat in range(gl.program_id(0), num_tiles * K, gl.num_programs(0)):
         i_k, _, _, c_0, _, _, steps, _ = tile_steps(
             i_flat, last_tile, tiles, K, BQ, BN, BLOCK, STRIDE, PACKED
         )
-        for j in range(steps):
+        total = (steps + 1) // 2 * 2
+        for j in range(total):
             i_s = i_copy % STAGES
             mbarrier.wait(empty.index(i_s), ((i_copy // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(i_s), k_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(
-                k_desc, [c_0 + (steps - 1 - j) * BN, i_k * DK], full.index(i_s), k_s.index(i_s)
+                k_desc, [c_0 + (total - 1 - j) * BN, i_k * DK], full.index(i_s), k_s.index(i_s)
             )
             i_copy += 1
 
@@ -120,13 +121,50 @@ def _write_sums(
 
 
 @gluon.jit
-def _logits(i_copy, q_s, k_s, full, empty, zero, STAGES: gl.constexpr):
-    """Raw logits of the next step, ``[BN, columns]``."""
+def _pair(
+    i_copy,
+    more,
+    q_s,
+    k_s,
+    full,
+    empty,
+    b_s,
+    zero,
+    b_lse,
+    first_key,
+    n_any,
+    b_visible,
+    out,
+    scale_log2,
+    GP: gl.constexpr,
+    BQ: gl.constexpr,
+    S: gl.constexpr,
+    W: gl.constexpr,
+    STAGES: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Two steps, whose logits keep different registers: ``b_s`` and those of the next keys.
+
+    Each step's product runs while the sums of the one before are taken. A wait for a copy in
+    between keeps ptxas from moving the wait for the product up, before the exponentials.
+    """
+    BN: gl.constexpr = zero.shape[0]
     i_s = i_copy % STAGES
-    mbarrier.wait(full.index(i_s), (i_copy // STAGES) & 1)
-    b_s = warpgroup_mma(k_s.index(i_s), q_s.permute((1, 0)), zero, use_acc=False, is_async=True)
-    b_s = warpgroup_mma_wait(0, deps=(b_s,))
+    b_next = warpgroup_mma(k_s.index(i_s), q_s.permute((1, 0)), zero, use_acc=False, is_async=True)
+    _write_sums(b_s, b_lse, first_key, n_any, b_visible, out, scale_log2, GP, BQ, S, W, MASKED)
+    i_n = (i_copy + 1) % STAGES
+    mbarrier.wait(full.index(i_n), ((i_copy + 1) // STAGES) & 1, pred=more)
+    b_next = warpgroup_mma_wait(0, deps=(b_next,))
     mbarrier.arrive(empty.index(i_s), count=1)
+    # After the last pair, the product of whatever is in the ring is not looked at.
+    b_s = warpgroup_mma(k_s.index(i_n), q_s.permute((1, 0)), zero, use_acc=False, is_async=True)
+    _write_sums(
+        b_next, b_lse, first_key - BN, n_any, b_visible, out, scale_log2, GP, BQ, S, W, MASKED
+    )
+    i_m = (i_copy + 2) % STAGES
+    mbarrier.wait(full.index(i_m), ((i_copy + 2) // STAGES) & 1, pred=more)
+    b_s = warpgroup_mma_wait(0, deps=(b_s,))
+    mbarrier.arrive(empty.index(i_n), count=1, pred=more)
     return b_s
 
 
@@ -173,6 +211,7 @@ def _consumer(
         i_k, t_0, q_0, _, n_q, n_any, steps, masked = tile_steps(
             i_flat, last_tile, tiles, K, 2 * BQ, BN, BLOCK, STRIDE, PACKED
         )
+        total = (steps + 1) // 2 * 2
         t_0 += HALF * BQ
         p_row = (q_0 + t_0 + q_token) * H + i_k * G + q_head
         m_row = (t_0 + q_token < n_q) & (q_head < G)
@@ -188,20 +227,65 @@ def _consumer(
         b_lse = gl.load(lse_ptr + p_row, mask=m_row, other=float("inf")) * 1.4426950408889634
         i_row = (num_tiles - 1 - i_flat // K).to(gl.int64) * (2 * BQ) + HALF * BQ
         out = (own_ptr, next_ptr, i_row, n_q - t_0, K, i_k, stride_row)
-        for j in range(masked):
-            b_s = _logits(i_copy, q_s, k_s, full, empty, zero, STAGES)
-            first_key = (steps - 1 - j) * BN
-            _write_sums(
-                b_s, b_lse, first_key, n_any, b_visible, out, scale_log2, GP, BQ, S, W, True
+        if total > 0:
+            i_s = i_copy % STAGES
+            mbarrier.wait(full.index(i_s), (i_copy // STAGES) & 1)
+            b_s = warpgroup_mma(
+                k_s.index(i_s), q_s.permute((1, 0)), zero, use_acc=False, is_async=True
             )
-            i_copy += 1
-        for j in range(masked, steps):
-            b_s = _logits(i_copy, q_s, k_s, full, empty, zero, STAGES)
-            first_key = (steps - 1 - j) * BN
-            _write_sums(
-                b_s, b_lse, first_key, n_any, b_visible, out, scale_log2, GP, BQ, S, W, False
-            )
-            i_copy += 1
+            i_n = (i_copy + 1) % STAGES
+            mbarrier.wait(full.index(i_n), ((i_copy + 1) // STAGES) & 1)
+            b_s = warpgroup_mma_wait(0, deps=(b_s,))
+            mbarrier.arrive(empty.index(i_s), count=1)
+            pairs = (total - (steps - masked) + 1) // 2
+            for j in range(pairs):
+                b_s = _pair(
+                    i_copy + 1,
+                    2 * j + 2 < total,
+                    q_s,
+                    k_s,
+                    full,
+                    empty,
+                    b_s,
+                    zero,
+                    b_lse,
+                    (total - 1 - 2 * j) * BN,
+                    n_any,
+                    b_visible,
+                    out,
+                    scale_log2,
+                    GP,
+                    BQ,
+                    S,
+                    W,
+                    STAGES,
+                    True,
+                )
+                i_copy += 2
+            for j in range(pairs, total // 2):
+                b_s = _pair(
+                    i_copy + 1,
+                    2 * j + 2 < total,
+                    q_s,
+                    k_s,
+                    full,
+                    empty,
+                    b_s,
+                    zero,
+                    b_lse,
+                    (total - 1 - 2 * j) * BN,
+                    n_any,
+                    b_visible,
+                    out,
+                    scale_log2,
+                    GP,
+                    BQ,
+                    S,
+                    W,
+                    STAGES,
+                    False,
+                )
+                i_copy += 2
 
 
 @gluon.jit

@@ -6,10 +6,10 @@ import functools
 import os
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 
 from nsa import reference
 
@@ -74,13 +74,13 @@ def implementation(backend: str) -> ModuleType:
     return launch
 
 
-def custom_op(name: str) -> Callable[[Callable], CustomOpDef]:
+def custom_op(name: str) -> Callable[[Callable], Any]:
     """``torch.library.custom_op`` of a function without side effects, which autocast leaves alone.
 
     Autocast stays on inside of an op and would round the products that are meant to be exact.
     """
 
-    def register(function: Callable) -> CustomOpDef:
+    def register(function: Callable) -> Any:
         @functools.wraps(function)
         def run(first: Tensor, *others: object) -> object:
             with torch.autocast(first.device.type, enabled=False):

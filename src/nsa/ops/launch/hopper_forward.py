@@ -30,11 +30,7 @@ class HopperTile(NamedTuple):
 
 # Keys are given back a step late, so two places would leave no time for a copy.
 ATTENTION = HopperTile(128, 128, 3)
-
-
-def scores_tile(group: int) -> HopperTile:
-    """A thread keeps the sums of 16 tokens: those of more would not fit its registers."""
-    return HopperTile(min(512, 32 * next_power_of_2(group)), 64, 4)
+SCORES = HopperTile(256, 64, 4)
 
 
 def has_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, softmax_scale: float) -> bool:
@@ -46,10 +42,10 @@ def has_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, softmax_scale: float)
 
 
 def has_scores(q: Tensor, k_cmp: Tensor, keys_per_block: int) -> bool:
-    """Whether ``block_scores`` applies; of small groups, a step would have too few columns."""
+    """Whether ``block_scores`` applies; the sums of small groups would not fit the registers."""
     group = next_power_of_2(q.shape[-2] // k_cmp.shape[-2])
-    whole = keys_per_block == next_power_of_2(keys_per_block) <= scores_tile(group).BN
-    return 8 <= group <= 128 and whole and q.shape[-1] in DIMS and _can_copy(q, k_cmp)
+    whole = keys_per_block == next_power_of_2(keys_per_block) <= SCORES.BN
+    return 8 <= group <= 64 and whole and q.shape[-1] in DIMS and _can_copy(q, k_cmp)
 
 
 def _can_copy(*tensors: Tensor) -> bool:
@@ -119,7 +115,7 @@ def block_scores(
     softmax_scale: float,
     num_tiles: int,
     common: dict[str, Any],
-    tile: HopperTile,
+    tile: HopperTile = SCORES,
 ) -> None:
     """Writes the sums of a chunk of tiles; ``common``: what ``select_blocks`` gives its kernels."""
     num_heads, key_dim = q.shape[-2:]
