@@ -99,7 +99,10 @@ def test_generated_shapes(shard):
 
 
 # Of float32 inputs with logits of 1e4 the saved float32 lse is too coarse for the gradients.
-HUGE = [replace(case, dtype=dtype) for case in cases.HUGE for dtype in DTYPES]
+HUGE = [
+    replace(case, dtype=torch.bfloat16) if case.dtype == torch.float32 else case
+    for case in cases.HUGE
+]
 NAMED = EDGES + HUGE + cases.DTYPES[1:]
 
 
