@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.select_blocks import block_scores_kernel, top_blocks_kernel, union_blocks_kernel
+from nsa.kernels.select_blocks import (
+    block_scores_kernel,
+    top_blocks_kernel,
+    union_blocks_kernel,
+)
+from nsa.ops.launch import hopper_forward
 from nsa.ops.launch.tiles import LOG2_E, QueryTiles, heads, launch, next_power_of_2
-from nsa.ops.launch.tuned import tile
+from nsa.ops.launch.tuned import Tile, tile
 
 SCORE_BYTES = 1 << 28  # of the score buffers of one chunk of queries
 
@@ -57,9 +63,12 @@ def select_blocks(
     indices = torch.full(shape, -1, dtype=torch.int32, device=q.device)
     if q.numel() == 0:
         return indices
-    shape = tile("block_scores", sizes, q)
+    if hopper_forward.has_scores(q, k_cmp, config.block_size // config.compress_stride):
+        shape, write_scores = hopper_forward.SCORES, hopper_forward.block_scores
+    else:
+        shape = tile("block_scores", sizes, q)
+        write_scores = partial(_block_scores, shape=shape)
     tiles = QueryTiles.of(q, cu_seqlens, shape.BM // sizes["GP"])
-    padded = next_power_of_2(config.block_size // config.compress_stride)
     stride_row = config.num_blocks(q_offset + q.shape[-3])
     tile_bytes = tiles.tokens * sizes["K"] * stride_row * 8
     per_chunk = min(tiles.num_tiles, max(1, SCORE_BYTES // tile_bytes))
@@ -79,19 +88,13 @@ def select_blocks(
     for first in range(0, tiles.num_tiles, per_chunk):
         count = min(per_chunk, tiles.num_tiles - first)
         columns = config.num_blocks(q_offset + _reach(q, (first + count) * tiles.tokens))
-        launch(
-            block_scores_kernel,
-            (count, sizes["K"]),
-            q_ptr=q,
-            k_ptr=k_cmp,
-            lse_ptr=lse,
-            first_tile=first,
-            T_c=k_cmp.shape[-3],
-            scale_log2=softmax_scale * LOG2_E,
-            **sizes,
-            SP=padded,
-            **shape._replace(BN=max(shape.BN, padded))._asdict(),
-            **common,
+        write_scores(
+            q,
+            k_cmp,
+            lse,
+            softmax_scale=softmax_scale,
+            num_tiles=count,
+            common={**common, "first_tile": first},
         )
         launch(
             top_blocks_kernel,
@@ -109,6 +112,34 @@ def select_blocks(
             num_warps=top_warps,
         )
     return indices
+
+
+def _block_scores(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    *,
+    softmax_scale: float,
+    num_tiles: int,
+    common: dict[str, Any],
+    shape: Tile,
+) -> None:
+    """Writes the sums of a chunk of tiles."""
+    sizes = heads(q, k_cmp)
+    padded = next_power_of_2(common["SELECT"] // common["STRIDE"])
+    launch(
+        block_scores_kernel,
+        (num_tiles, sizes["K"]),
+        q_ptr=q,
+        k_ptr=k_cmp,
+        lse_ptr=lse,
+        T_c=k_cmp.shape[-3],
+        scale_log2=softmax_scale * LOG2_E,
+        **sizes,
+        SP=padded,
+        **shape._replace(BN=max(shape.BN, padded))._asdict(),
+        **common,
+    )
 
 
 def _reach(q: Tensor, tokens: int) -> int:
