@@ -171,6 +171,16 @@ def test_rows_do_not_depend_on_later_tokens():
         torch.testing.assert_close(part, whole[:, :length], rtol=0, atol=2e-2)
 
 
+def test_what_lies_behind_the_last_block_is_never_used():
+    """Caches have room for blocks to come, which holds anything."""
+    tensors = [x.detach() for x in paper_inputs(2000)]
+    expected = ops.nsa_attention(*tensors, config=PAPER)
+    for i in range(1, 7):
+        room = torch.full_like(tensors[i][:, :99], float("nan"))
+        tensors[i] = torch.cat((tensors[i], room), dim=1)
+    assert torch.equal(ops.nsa_attention(*tensors, config=PAPER), expected)
+
+
 def test_works_inside_a_cuda_graph():
     tensors = [x.detach() for x in paper_inputs(3000)]
     leaves = [x.clone().requires_grad_() for x in tensors]

@@ -9,7 +9,7 @@ from nsa.kernels.compressed_attention import compressed_attention_fwd_kernel
 from nsa.ops.launch import hopper_forward
 from nsa.ops.launch.branches import Branch, Geometry
 from nsa.ops.launch.gradients import attention_bwd
-from nsa.ops.launch.tiles import LOG2_E, QueryTiles, heads, launch
+from nsa.ops.launch.tiles import LOG2_E, QueryTiles, heads, launch, reachable
 from nsa.ops.launch.tuned import tile
 
 
@@ -25,7 +25,10 @@ def compressed_attention_fwd(
     q_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """``(o, lse)``."""
-    q, k_cmp, v_cmp = q.contiguous(), k_cmp.contiguous(), v_cmp.contiguous()
+    q = q.contiguous()
+    k_cmp, v_cmp = (
+        reachable(x, q, q_offset, compress_block_size, compress_stride) for x in (k_cmp, v_cmp)
+    )
     o = q.new_empty(*q.shape[:-1], v_cmp.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     if hopper_forward.has_attention(q, k_cmp, v_cmp, softmax_scale):

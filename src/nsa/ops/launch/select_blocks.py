@@ -15,7 +15,7 @@ from nsa.kernels.select_blocks import (
     union_blocks_kernel,
 )
 from nsa.ops.launch import hopper_forward
-from nsa.ops.launch.tiles import LOG2_E, QueryTiles, heads, launch, next_power_of_2
+from nsa.ops.launch.tiles import LOG2_E, QueryTiles, heads, launch, next_power_of_2, reachable
 from nsa.ops.launch.tuned import Tile, tile
 
 SCORE_BYTES = 1 << 28  # of the score buffers of one chunk of queries
@@ -57,7 +57,8 @@ def select_blocks(
     """``block_indices``."""
     if q.dim() == 4 and covers(q, config, q_offset):
         return _all_candidates(q, k_cmp.shape[-2], config, q_offset)
-    q, k_cmp, lse = q.contiguous(), k_cmp.contiguous(), lse.contiguous()
+    q, lse = q.contiguous(), lse.contiguous()
+    k_cmp = reachable(k_cmp, q, q_offset, config.compress_block_size, config.compress_stride)
     sizes = heads(q, k_cmp)
     shape = (*q.shape[:-2], sizes["K"], config.num_selected_blocks)
     indices = torch.full(shape, -1, dtype=torch.int32, device=q.device)

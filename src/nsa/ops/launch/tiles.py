@@ -53,6 +53,17 @@ def heads(q: Tensor, k: Tensor, v: Tensor | None = None) -> dict[str, int]:
     return sizes
 
 
+def reachable(x: Tensor, q: Tensor, q_offset: int, block: int, stride: int) -> Tensor:
+    """Compressed blocks that some query sees, contiguous.
+
+    What lies behind them in a batch may be anything, and tiles of keys are copied whole: a NaN
+    there times a probability of 0 would be a NaN.
+    """
+    if q.dim() == 4:
+        x = x[:, : max(0, (q_offset + q.shape[1] - block) // stride + 1)]
+    return x.contiguous()
+
+
 @dataclass(frozen=True)
 class QueryTiles:
     """Tiles of ``tokens`` consecutive queries, numbered over all sequences.
