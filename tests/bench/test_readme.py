@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from nsa.bench.readme import groups_table, operations_table, refresh, source_tree, write
+from nsa.bench.readme import demo_table, groups_table, operations_table, refresh, source_tree, write
 
 
 def row(**changes):
@@ -142,3 +142,24 @@ def test_an_unknown_part_is_refused(root):
         ValueError, match="generated: expected one of tree, operations, groups, got 'trees'"
     ):
         refresh("<!-- generated: trees -->\n<!-- end: trees -->", root)
+
+
+def test_the_demo_table_shows_both_twins(tmp_path):
+    assert "make demo" in demo_table(tmp_path)
+    twin = {"num_parameters": 1000, "tokens_per_second": 12.4, "num_tokens": 50}
+    row = {
+        "book": "A Book",
+        "unigram_entropy": 6.0,
+        "train_tokens": 4096,
+        "twins": {"nsa": {**twin, "loss": 4.75}, "dense": {**twin, "loss": 4.5}},
+        "device": "CPU",
+        "threads": 2,
+        "torch": "2",
+        "commit": None,
+    }
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "demo.jsonl").write_text(f"{json.dumps(row)}\n")
+    table = demo_table(tmp_path)
+    assert "| nsa | 1,000 | 12 | 4.750 | 1.250 |" in table
+    assert "| dense | 1,000 | 12 | 4.500 | 1.500 |" in table
+    assert "+0.250 from its dense twin's" in table

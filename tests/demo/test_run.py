@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from tests.browser import WIDTHS, Browser, browser  # noqa: F401
 from typer.testing import CliRunner
@@ -94,6 +95,12 @@ def test_report_holds_the_numbers_of_the_runs(done):
     assert [chart["series"][0]["name"] for chart in charts] == ["NSA", "NSA", "NSA"]
     assert charts[1]["x"] == [3, 6]
     assert charts[1]["series"][1]["values"] == pytest.approx(losses["dense"])
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    for name, twin in results["twins"].items():
+        assert twin["loss"] == pytest.approx(losses[name][-1])
+        assert twin["tokens_per_second"] > 0
+    assert results["train_tokens"] == 6 * 2 * 64
+    assert results["torch"] == torch.__version__
 
 
 def test_report_works_offline_at_both_widths(done, browser):  # noqa: F811

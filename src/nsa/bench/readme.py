@@ -77,6 +77,32 @@ def groups_table(root: Path) -> str:
     return "\n\n".join((_caption(rows, heads=False), _times(rows, "heads a group", _group_size)))
 
 
+def demo_table(root: Path) -> str:
+    """The last demo in ``results/demo.jsonl``: both twins."""
+    path = root / "results" / "demo.jsonl"
+    if not path.exists():
+        return "Nothing is measured yet: run `make demo`, then add its results.json."
+    row = read(path)[-1]
+    twins = row["twins"]
+    lines = [
+        "| | parameters | training, tokens/s | held-out loss, nats/token | under the unigram entropy |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {twin['num_parameters']:,} | {twin['tokens_per_second']:,.0f} | "
+        f"{twin['loss']:.3f} | {row['unigram_entropy'] - twin['loss']:.3f} |"
+        for name, twin in twins.items()
+    ]
+    gap = twins["nsa"]["loss"] - twins["dense"]["loss"]
+    caption = (
+        f"{row['book']}: {row['train_tokens']:,} tokens of training, "
+        f"{twins['nsa']['num_tokens']:,} held out; {row['device']}, {row['threads']} threads, "
+        f"PyTorch {row['torch']}, commit {(row['commit'] or 'unknown')[:9]}. The sparse model's "
+        f"loss is {gap:+.3f} from its dense twin's."
+    )
+    return "\n".join([caption, "", *lines])
+
+
 MISSING = "Nothing is measured yet: run `nsa bench ops`, then `nsa bench table`."
 MEMORY = "Peak memory of forward and backward on top of the inputs, GiB:"
 GROUPS = "group-"  # How the names of the shapes of `groups_table` begin.
@@ -165,4 +191,5 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "tree": source_tree,
     "operations": operations_table,
     "groups": groups_table,
+    "demo": demo_table,
 }

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nsa.bench.environment import provenance
 from nsa.demo.report import Report, TwinReport, report_html
 from nsa.demo.settings import (
     BOOK_TITLE,
@@ -70,7 +71,7 @@ def run_demo(
         console: where progress and the sample are shown.
 
     Returns:
-        The report, ``folder / "report.html"``.
+        The report, ``folder / "report.html"``. Its numbers are in ``results.json`` beside it.
 
     Raises:
         DemoStopped: Ctrl-C or SIGTERM during a training, after its checkpoint was written.
@@ -145,6 +146,8 @@ def _demo(folder: Path, settings: DemoSettings, console: Console) -> Path:
     )
     path = folder / "report.html"
     write_text(path, report_html(report))
+    device = trained["nsa"].loaded.model.device
+    write_text(folder / "results.json", json.dumps(summary(report) | provenance(device)) + "\n")
     console.print(
         f"\nReport: {path.resolve()} (open it in a browser; it needs no network)\n"
         f'Try: {_command()} generate --model {folder / "nsa" / "model"} --prompt "The whale"',
@@ -153,6 +156,26 @@ def _demo(folder: Path, settings: DemoSettings, console: Console) -> Path:
         soft_wrap=True,
     )
     return path
+
+
+def summary(report: Report) -> dict[str, object]:
+    """The report's numbers, as plain values: what ``results/demo.jsonl`` keeps of a run."""
+    return {
+        "book": BOOK_TITLE,
+        "unigram_entropy": report.unigram_entropy,
+        "train_tokens": report.settings.max_steps
+        * report.settings.batch_rows
+        * report.settings.seq_len,
+        "twins": {
+            twin.name: {
+                "num_parameters": twin.num_parameters,
+                "tokens_per_second": twin.tokens_per_second,
+                "loss": twin.validation.loss,
+                "num_tokens": twin.validation.num_tokens,
+            }
+            for twin in report.twins
+        },
+    }
 
 
 def _command() -> str:
