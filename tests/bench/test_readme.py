@@ -139,7 +139,7 @@ def test_write_replaces_generated_parts_and_nothing_else(root):
 
 def test_an_unknown_part_is_refused(root):
     with pytest.raises(
-        ValueError, match="generated: expected one of tree, operations, groups, got 'trees'"
+        ValueError, match="generated: expected one of tree, operations, groups, demo, got 'trees'"
     ):
         refresh("<!-- generated: trees -->\n<!-- end: trees -->", root)
 

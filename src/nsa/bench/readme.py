@@ -85,7 +85,7 @@ def demo_table(root: Path) -> str:
     row = read(path)[-1]
     twins = row["twins"]
     lines = [
-        "| | parameters | training, tokens/s | held-out loss, nats/token | under the unigram entropy |",
+        "| | parameters | training, tokens/s | held-out loss, nats a token | below unigrams |",
         "|---|---|---|---|---|",
     ]
     lines += [
