@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa.kernels.tiles import locate_tile
+from nsa.kernels.tiles import find_range, locate_tile
 
 REGISTERS = gl.constexpr(256)  # Of a thread: two warpgroups share the 65,536 of a processor.
 COMPRESSED = gl.constexpr(0)
@@ -390,20 +390,14 @@ def hopper_selected_dkv_kernel(
     i_part = gl.program_id(0)
     if i_part >= gl.load(part_offsets_ptr + num_lists):
         return
-    lo = 0
-    hi = num_lists
-    while lo + 1 < hi:
-        mid = (lo + hi) // 2
-        before = gl.load(part_offsets_ptr + mid) <= i_part
-        lo = gl.where(before, mid, lo)
-        hi = gl.where(before, hi, mid)
+    i_list = find_range(part_offsets_ptr, num_lists, i_part)
     num_blocks = num_lists // K
-    i_k = lo // num_blocks
-    i_block = lo % num_blocks
-    part_0 = gl.load(part_offsets_ptr + lo)
-    e_0 = gl.load(entry_offsets_ptr + lo) + (i_part - part_0) * segment
+    i_k = i_list // num_blocks
+    i_block = i_list % num_blocks
+    part_0 = gl.load(part_offsets_ptr + i_list)
+    e_0 = gl.load(entry_offsets_ptr + i_list) + (i_part - part_0) * segment
     first = e_0.to(gl.int32)
-    last = gl.minimum(e_0 + segment, gl.load(entry_offsets_ptr + lo + 1)).to(gl.int32)
+    last = gl.minimum(e_0 + segment, gl.load(entry_offsets_ptr + i_list + 1)).to(gl.int32)
     key_0 = gl.load(first_key_ptr + i_block).to(gl.int32)
     q_0 = gl.load(first_query_ptr + i_block).to(gl.int32)
     start = gl.load(first_key_ptr + num_blocks + i_block).to(gl.int32)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from nsa.kernels.query_gradients import row_values
-from nsa.kernels.tiles import locate_tile
+from nsa.kernels.tiles import find_range, locate_tile
 
 
 @triton.jit
@@ -216,18 +216,15 @@ def selected_dkv_kernel(
     i_part = tl.program_id(0)
     if i_part >= tl.load(part_offsets_ptr + num_lists):
         return
-    lo = 0
-    hi = num_lists
-    while lo + 1 < hi:
-        mid = (lo + hi) // 2
-        before = tl.load(part_offsets_ptr + mid) <= i_part
-        lo = tl.where(before, mid, lo)
-        hi = tl.where(before, hi, mid)
+    i_list = find_range(part_offsets_ptr, num_lists, i_part)
     num_blocks = num_lists // K
-    i_k = lo // num_blocks
-    i_block = lo % num_blocks
-    e_0 = tl.load(entry_offsets_ptr + lo) + (i_part - tl.load(part_offsets_ptr + lo)) * segment
-    e_1 = tl.minimum(e_0 + segment, tl.load(entry_offsets_ptr + lo + 1))
+    i_k = i_list // num_blocks
+    i_block = i_list % num_blocks
+    e_0 = (
+        tl.load(entry_offsets_ptr + i_list)
+        + (i_part - tl.load(part_offsets_ptr + i_list)) * segment
+    )
+    e_1 = tl.minimum(e_0 + segment, tl.load(entry_offsets_ptr + i_list + 1))
     key_0 = tl.load(first_key_ptr + i_block)
     query_0 = tl.load(first_query_ptr + i_block)
     num_keys = tl.load(num_keys_ptr + i_block)

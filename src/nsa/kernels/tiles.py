@@ -15,6 +15,19 @@ import triton.language as tl
 
 
 @triton.jit
+def find_range(offsets_ptr, num, i):
+    """The last of ``num`` ranges that starts at or before ``i``, given ascending starts."""
+    lo = 0
+    hi = num
+    while lo + 1 < hi:
+        mid = (lo + hi) // 2
+        before = tl.load(offsets_ptr + mid) <= i
+        lo = tl.where(before, mid, lo)
+        hi = tl.where(before, hi, mid)
+    return lo
+
+
+@triton.jit
 def locate_tile(
     i_tile,
     cu_seqlens_ptr,
@@ -29,16 +42,10 @@ def locate_tile(
 ):
     """First token of a tile in its sequence; first rows of q, k, slots; number of queries."""
     if PACKED:
-        lo = 0
-        hi = num_seqs
-        while lo + 1 < hi:
-            mid = (lo + hi) // 2
-            before = tl.load(tile_offsets_ptr + mid) <= i_tile
-            lo = tl.where(before, mid, lo)
-            hi = tl.where(before, hi, mid)
-        start = tl.load(cu_seqlens_ptr + lo).to(tl.int64)
-        n_q = (tl.load(cu_seqlens_ptr + lo + 1) - start).to(tl.int32)
-        t_0 = (i_tile - tl.load(tile_offsets_ptr + lo)) * BQ
+        i_seq = find_range(tile_offsets_ptr, num_seqs, i_tile)
+        start = tl.load(cu_seqlens_ptr + i_seq).to(tl.int64)
+        n_q = (tl.load(cu_seqlens_ptr + i_seq + 1) - start).to(tl.int32)
+        t_0 = (i_tile - tl.load(tile_offsets_ptr + i_seq)) * BQ
         return t_0, start, start, start // STRIDE, n_q
     else:
         tiles = tl.cdiv(T_q, BQ)
