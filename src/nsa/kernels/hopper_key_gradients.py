@@ -24,9 +24,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from nsa.kernels.tiles import find_range, locate_tile
 
 REGISTERS = gl.constexpr(256)  # Of a thread: two warpgroups share the 65,536 of a processor.
-COMPRESSED = gl.constexpr(0)
-WINDOW = gl.constexpr(1)
-SELECTED = gl.constexpr(2)
 
 # Entries of SHAPE, the sizes that are compiled in; the head dims DK and DV count 64 columns each.
 H = gl.constexpr(0)
@@ -37,8 +34,7 @@ BM = gl.constexpr(4)
 ST = gl.constexpr(5)
 STRIDE = gl.constexpr(6)
 BLOCK = gl.constexpr(7)
-WINDOW_SIZE = gl.constexpr(8)
-MODE = gl.constexpr(9)
+SELECTED = gl.constexpr(8)  # Whether the keys are a selected block, not a range.
 
 
 @gluon.jit
@@ -58,7 +54,7 @@ def _fetch(i, pred, memory, source, SHAPE: gl.constexpr):
     for j in gl.static_range(tokens):
         # Rows past the last count for nothing: any row that exists will do.
         o_e = gl.maximum(gl.minimum(first + i * tokens + j, last - 1), 0)
-        token = gl.load(entries_ptr + o_e) if SHAPE[MODE] == SELECTED else q_0 + o_e
+        token = gl.load(entries_ptr + o_e) if SHAPE[SELECTED] else q_0 + o_e
         row = token * num_heads + i_k * group
         for h in gl.static_range(PK):
             to = q_s.index(st * PK + h).slice(j * group, group)
@@ -76,7 +72,7 @@ def _tokens(i, source, layout: gl.constexpr, SHAPE: gl.constexpr):
     _q, _do, _rows, entries_ptr, first, last, q_0, _k, _n, _offset = source
     o_m = gl.arange(0, rows_a_step, layout)
     o_e = first + i * (rows_a_step // group) + o_m // group
-    if SHAPE[MODE] == SELECTED:
+    if SHAPE[SELECTED]:
         return gl.load(entries_ptr + o_e, mask=o_e < last, other=-1)
     else:
         return gl.where(o_e < last, q_0 + o_e, -1)
@@ -118,15 +114,13 @@ def _step(
     for h in gl.static_range(PV):
         b_do = do_s.index(st * PV + h).permute((1, 0))
         dp = warpgroup_mma(v_s.index(PART * PV + h), b_do, dp, use_acc=h > 0, is_async=True)
-    following = _tokens(i + (2 if SHAPE[MODE] == SELECTED else 1), source, column, SHAPE)
+    following = _tokens(i + (2 if SHAPE[SELECTED] else 1), source, column, SHAPE)
     # Also ends the products of the step before, which add to dk and dv.
     done = warpgroup_mma_wait(PV, deps=(s,) + dk + dv)
     p = gl.exp2(done[0] * scale_log2 - lse[None, :])
     if MASK:
         position = q_offset + (tokens - q_0)
         see = (o_n * SHAPE[STRIDE] + (SHAPE[BLOCK] - 1))[:, None] <= position[None, :]
-        if SHAPE[MODE] == WINDOW:
-            see = see & (position[None, :] - o_n[:, None] < SHAPE[WINDOW_SIZE])
         p = gl.where(see, p, 0.0)
     p_gated = gl.convert_layout((p * gate[None, :]).to(q_s.dtype), operand)
     dp = warpgroup_mma_wait(0, deps=(dp,))
@@ -155,7 +149,7 @@ def _refill(C: gl.constexpr, i, steps, memory, source, SHAPE: gl.constexpr):
     _keys, _rows, _full, empty, _keys_full = memory
     new = i - 2 + stages
     pred = (i >= 2) & (new < steps)
-    if SHAPE[MODE] == SELECTED:
+    if SHAPE[SELECTED]:
         _fetch(new, pred, memory, source, SHAPE)
     else:
         mbarrier.arrive(empty.index((i - 1 + stages) % stages), count=1, pred=i > 0)
@@ -180,15 +174,15 @@ def _consume(C: gl.constexpr, memory, source, out, masked, steps, n_0, SHAPE: gl
     PK: gl.constexpr = SHAPE[DK]
     PV: gl.constexpr = SHAPE[DV]
     stages: gl.constexpr = SHAPE[ST]
-    EACH: gl.constexpr = 2 if SHAPE[MODE] == SELECTED else 1
-    PART: gl.constexpr = 0 if SHAPE[MODE] == SELECTED else C  # Of the keys.
-    FROM: gl.constexpr = C if SHAPE[MODE] == SELECTED else 0
+    EACH: gl.constexpr = 2 if SHAPE[SELECTED] else 1
+    PART: gl.constexpr = 0 if SHAPE[SELECTED] else C  # Of the keys.
+    FROM: gl.constexpr = C if SHAPE[SELECTED] else 0
     grad: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, rows_a_step, 16])
     o_n = n_0 + PART * 64 + gl.arange(0, 64, gl.SliceLayout(1, score))
     dk = _zeros(PK, grad)
     dv = _zeros(PV, grad)
-    if SHAPE[MODE] == SELECTED or C == 0:
+    if SHAPE[SELECTED] or C == 0:
         for i in gl.static_range(FROM, stages, EACH):
             _fetch(i, i < steps, memory, source, SHAPE)
     tokens = _tokens(FROM, source, gl.SliceLayout(0, score), SHAPE)
@@ -240,7 +234,7 @@ def _run(k_desc, v_desc, key_row, source, outs, masked, steps, n_0, SHAPE: gl.co
     PK: gl.constexpr = SHAPE[DK]
     PV: gl.constexpr = SHAPE[DV]
     stages: gl.constexpr = SHAPE[ST]
-    parts: gl.constexpr = 1 if SHAPE[MODE] == SELECTED else 2
+    parts: gl.constexpr = 1 if SHAPE[SELECTED] else 2
     half: gl.constexpr = k_desc.dtype
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
@@ -302,18 +296,19 @@ def hopper_range_dkv_kernel(
     K: gl.constexpr,
     SHAPE: gl.constexpr,
     PACKED: gl.constexpr,
-    num_warps: gl.constexpr,
 ):
-    """Grid (key tiles, K, segments of queries): as ``range_dkv_kernel``, 128 keys a tile."""
+    """Grid (key tiles, K, segments of queries): ``range_dkv_kernel`` of compressed keys.
+
+    128 keys a tile.
+    """
     group: gl.constexpr = SHAPE[G]
     rows_a_step: gl.constexpr = SHAPE[BM]
     tokens: gl.constexpr = rows_a_step // group
     stride: gl.constexpr = SHAPE[STRIDE]
     block: gl.constexpr = SHAPE[BLOCK]
-    window: gl.constexpr = SHAPE[MODE] == WINDOW
     i_k = gl.program_id(1)
     i_part = gl.program_id(2)
-    s_0, token_0, q_0, c_0, n_k = locate_tile(
+    s_0, _, q_0, key_0, n_k = locate_tile(
         gl.program_id(0),
         cu_seqlens_ptr,
         tile_offsets_ptr,
@@ -329,21 +324,14 @@ def hopper_range_dkv_kernel(
         return
     n_q = n_k if PACKED else T_q
     n_0 = s_0 // stride
-    if window:
-        key_0 = token_0
-        count = n_k
-        high = gl.minimum(s_0 + 127 + SHAPE[WINDOW_SIZE], q_offset + n_q)
-    else:
-        key_0 = c_0
-        count = gl.maximum(n_k - block + stride, 0) // stride
-        high = q_offset + n_q
+    count = gl.maximum(n_k - block + stride, 0) // stride
     first = gl.maximum(gl.maximum(s_0 + block - 1 - q_offset, 0), i_part * segment)
     first = first // tokens * tokens
-    last = gl.minimum(high - q_offset, (i_part + 1) * segment)
+    last = gl.minimum(n_q, (i_part + 1) * segment)
     steps = gl.maximum(last - first + tokens - 1, 0) // tokens
     clear = (n_0 + 127) * stride + block - 1  # The first query that sees every key.
     masked = gl.maximum(clear - q_offset - first + tokens - 1, 0) // tokens
-    masked = steps if window else gl.minimum(masked, steps)
+    masked = gl.minimum(masked, steps)
     row = (key_0 + n_0).to(gl.int64) * K + i_k
     p_dk = i_part.to(gl.int64) * part_dk + row * (SHAPE[DK] * 64)
     p_dv = i_part.to(gl.int64) * part_dv + row * (SHAPE[DV] * 64)
@@ -368,7 +356,6 @@ def hopper_selected_dkv_kernel(
     entry_offsets_ptr,
     part_offsets_ptr,
     first_key_ptr,
-    num_keys_ptr,
     first_query_ptr,
     num_lists,
     num_rows,
@@ -378,7 +365,6 @@ def hopper_selected_dkv_kernel(
     segment,
     K: gl.constexpr,
     SHAPE: gl.constexpr,
-    num_warps: gl.constexpr,
 ):
     """Grid (parts): as ``selected_dkv_kernel`` for blocks of 64 keys.
 

@@ -6,7 +6,6 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa.kernels import hopper_key_gradients as kernels
 from nsa.ops.launch.tuned import capability
 
 KEYS = 128  # Of a tile: 64 for each of two warpgroups. Selected blocks have 64.
@@ -48,24 +47,18 @@ def _matrix(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], [rows, 64], layout)
 
 
-def range_arguments(
-    sizes: dict[str, int], block: int, stride: int, window_size: int, compressed: bool
-) -> dict:
-    """Kernel arguments that replace those of ``range_dkv_kernel``."""
-    mode = kernels.COMPRESSED if compressed else kernels.WINDOW
-    shape = _shape(sizes, stages(sizes, 2), stride, block, window_size, mode.value)
-    return {"K": sizes["K"], "SHAPE": shape, "num_warps": 4}
+def range_arguments(sizes: dict[str, int], block: int, stride: int) -> dict:
+    """Kernel arguments that replace those of ``range_dkv_kernel``, for compressed keys."""
+    return _arguments(sizes, stages(sizes, 2), stride, block, selected=False)
 
 
 def selected_arguments(sizes: dict[str, int]) -> dict:
     """Kernel arguments that replace those of ``selected_dkv_kernel``."""
-    shape = _shape(sizes, stages(sizes, 1), 1, 1, 1, kernels.SELECTED.value)
-    return {"K": sizes["K"], "SHAPE": shape, "num_warps": 4}
+    return _arguments(sizes, stages(sizes, 1), 1, 1, selected=True)
 
 
-def _shape(
-    sizes: dict[str, int], ring: int, stride: int, block: int, window_size: int, mode: int
-) -> tuple[int, ...]:
-    """In the order of the kernels' entries of SHAPE."""
+def _arguments(sizes: dict[str, int], ring: int, stride: int, block: int, selected: bool) -> dict:
+    """``SHAPE`` is in the order of the kernels' entries of it."""
     pieces = (sizes["DK"] // 64, sizes["DV"] // 64)
-    return (sizes["H"], sizes["G"], *pieces, BM, ring, stride, block, window_size, mode)
+    shape = (sizes["H"], sizes["G"], *pieces, BM, ring, stride, block, selected)
+    return {"K": sizes["K"], "SHAPE": shape, "num_warps": 4}

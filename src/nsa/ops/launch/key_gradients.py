@@ -74,7 +74,7 @@ def range_dkv(
     q = rows.q
     sizes = heads(q, branch.k, branch.v)
     shape = tile("range_dkv", sizes, q)
-    # Of the window, the compiler makes the Hopper kernel wait for each product.
+    # For the window, the compiler would make the Hopper kernel wait for each product.
     on_hopper = compressed and hopper.applies(q, branch.v, sizes)
     keys = hopper.KEYS if on_hopper else shape.BN
     block, stride = (
@@ -108,7 +108,7 @@ def range_dkv(
             "part_dv": branch.v.numel(),
         }
         if on_hopper:
-            fast = hopper.range_arguments(sizes, block, stride, geometry.window_size, compressed)
+            fast = hopper.range_arguments(sizes, block, stride)
             launch(hopper_range_dkv_kernel, grid, **rows.descriptors(branch), **common, **fast)
         else:
             window = 0 if compressed else geometry.window_size
@@ -145,7 +145,6 @@ def selected_dkv(rows: Rows, branch: Branch, geometry: Geometry) -> tuple[Tensor
     where = {
         "part_offsets_ptr": part_offsets,
         "first_key_ptr": blocks.first_key,
-        "num_keys_ptr": blocks.num_keys,
     }
     common = {
         "dk_ptr": parts_k,
@@ -164,6 +163,7 @@ def selected_dkv(rows: Rows, branch: Branch, geometry: Geometry) -> tuple[Tensor
         launch(hopper_selected_dkv_kernel, (max_parts,), **common)
     else:
         common |= {**rows.arguments(branch), **sizes, "SELECT": size, **shape._asdict()}
+        common["num_keys_ptr"] = blocks.num_keys
         launch(selected_dkv_kernel, (max_parts, ceil_div(size, shape.BN)), **common)
     for parts, out in ((parts_k, dk), (parts_v, dv)):
         launch(
@@ -172,6 +172,7 @@ def selected_dkv(rows: Rows, branch: Branch, geometry: Geometry) -> tuple[Tensor
             parts_ptr=parts,
             out_ptr=out,
             **where,
+            num_keys_ptr=blocks.num_keys,
             num_blocks=blocks.num_blocks,
             SUMS=sums,
             K=num_kv_heads,
