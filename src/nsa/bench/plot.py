@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from nsa.bench.results import Row, latest, with_speedup
+from nsa.bench.results import Row, group_size, is_grouped, latest, with_speedup
 
 try:
     from matplotlib.axes import Axes
@@ -70,8 +70,8 @@ def plot_speedup(rows: list[Row], output: Path) -> None:
             f"results: expected the pipeline beside dense attention of one device and dtype, got "
             f"{setups or 'no rows'}. Choose with --device-name or --dtype."
         )
-    grouped = [row for row in rows if row["shape"].startswith("group-")]
-    others = [row for row in rows if not row["shape"].startswith("group-")]
+    grouped = [row for row in rows if is_grouped(row)]
+    others = [row for row in rows if not is_grouped(row)]
     panels = [
         (part, heading, key)
         for part, heading, key in (
@@ -79,7 +79,7 @@ def plot_speedup(rows: list[Row], output: Path) -> None:
             (
                 grouped,
                 "query heads that share keys",
-                lambda row: row["num_heads"] // row["num_kv_heads"],
+                group_size,
             ),
         )
         if part
@@ -94,7 +94,7 @@ def plot_speedup(rows: list[Row], output: Path) -> None:
 
 def _draw_speedup(ax: Axes, rows: list[Row], heading: str, key: Callable[[Row], int]) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
-    shapes = {row["shape"] for row in rows if not row["shape"].startswith("group-")}
+    shapes = {row["shape"] for row in rows if not is_grouped(row)}
     for row in rows:
         shape = f"{row['shape']} " if len(shapes) > 1 else ""
         name = f"{shape}{row['mode']}, {row['compressor']}, {row['workload']} ({row['provider']})"

@@ -11,7 +11,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from nsa.bench.results import Row, latest, read, significant, with_speedup
+from nsa.bench.results import (
+    Row,
+    group_size,
+    is_grouped,
+    latest,
+    read,
+    significant,
+    with_speedup,
+)
 
 PART = re.compile(
     r"(?P<start><!-- generated: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end: (?P=name) -->)",
@@ -59,7 +67,7 @@ def source_tree(root: Path) -> str:
 
 def operations_table(root: Path) -> str:
     """The whole layer beside dense attention, for each device, dtype and shape measured."""
-    rows = [row for row in _rows(root) if not row["shape"].startswith(GROUPS)]
+    rows = [row for row in _rows(root) if not is_grouped(row)]
     if not rows:
         return MISSING
     setups = dict.fromkeys(_setup(row) for row in rows)
@@ -71,10 +79,10 @@ def operations_table(root: Path) -> str:
 
 def groups_table(root: Path) -> str:
     """The same query heads in groups of several sizes."""
-    rows = [row for row in _rows(root) if row["shape"].startswith(GROUPS)]
+    rows = [row for row in _rows(root) if is_grouped(row)]
     if not rows:
         return MISSING
-    return "\n\n".join((_caption(rows, heads=False), _times(rows, "heads a group", _group_size)))
+    return "\n\n".join((_caption(rows, heads=False), _times(rows, "heads a group", group_size)))
 
 
 def demo_table(root: Path) -> str:
@@ -105,14 +113,9 @@ def demo_table(root: Path) -> str:
 
 MISSING = "Nothing is measured yet: run `nsa bench ops`, then `nsa bench table`."
 MEMORY = "Peak memory of forward and backward on top of the inputs, GiB:"
-GROUPS = "group-"  # How the names of the shapes of `groups_table` begin.
 SHOWN = ("pipeline", "shared_pipeline", "dense_attention")
 # Heading and value of a row of the table.
 TOKENS = ("tokens", lambda row: row["seq_len"])
-
-
-def _group_size(row: Row) -> int:
-    return row["num_heads"] // row["num_kv_heads"]
 
 
 def _rows(root: Path) -> list[Row]:

@@ -59,6 +59,16 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return list(newest.values())
 
 
+def is_grouped(row: Row) -> bool:
+    """Whether its shape is one of those that differ in how many heads share keys."""
+    return row["shape"].startswith("group-")
+
+
+def group_size(row: Row) -> int:
+    """Query heads that share a pair of keys and values."""
+    return row["num_heads"] // row["num_kv_heads"]
+
+
 def with_speedup(rows: Iterable[Row]) -> list[Row]:
     """Rows with ``speedup``: how many times as long dense attention takes, None without it.
 
