@@ -60,7 +60,7 @@ TUNABLES = {
         "select",
         ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
     ),
-    "selected_window_fwd": Tunable(
+    "token_attention_fwd": Tunable(
         "token_attention_fwd_kernel",
         "tokens",
         ((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 3)),

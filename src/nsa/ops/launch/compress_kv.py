@@ -16,7 +16,7 @@ from nsa.kernels.compress_kv import (
     token_gradients_kernel,
     weight_gradients_kernel,
 )
-from nsa.ops.launch.tiles import ceil_div, launch, next_power_of_2
+from nsa.ops.launch.tiles import ceil_div, launch, padded_dim
 
 
 def compress_fwd(
@@ -164,7 +164,7 @@ def _width(n: int, x: Tensor) -> int:
     if x.dtype == torch.float32:
         return 32 if n > 16 else 16
     if n <= 64:
-        return max(16, next_power_of_2(n))
+        return padded_dim(n)
     return 128 if ceil_div(n, 64) % 2 == 0 else 64
 
 
@@ -406,7 +406,7 @@ def _gated_fwd(
         num=blocks.num,
         K=K,
         D=D,
-        DP=max(16, next_power_of_2(D)),
+        DP=padded_dim(D),
         BLOCK=blocks.block,
         BM=BM,
         BC=BC,
@@ -455,7 +455,7 @@ def _gated_bwd(
         gap=pieces.per_seq - blocks.per_seq,
         K=K,
         D=D,
-        DP=max(16, next_power_of_2(D)),
+        DP=padded_dim(D),
         BLOCK=blocks.block,
         STRIDE=blocks.stride,
         BM=BM,

@@ -51,8 +51,6 @@ def select_blocks(
     softmax_scale: float,
     cu_seqlens: Tensor | None = None,
     q_offset: int = 0,
-    top_rows: int = 1,
-    top_warps: int = 1,
 ) -> Tensor:
     """``block_indices``."""
     if q.dim() == 4 and covers(q, config, q_offset):
@@ -99,7 +97,7 @@ def select_blocks(
         )
         launch(
             top_blocks_kernel,
-            (count * (tiles.tokens // top_rows), sizes["K"]),
+            (count * tiles.tokens, sizes["K"]),
             indices_ptr=indices,
             first_tile=first,
             K=sizes["K"],
@@ -107,10 +105,10 @@ def select_blocks(
             NUM_INIT=config.num_init_blocks,
             NUM_LOCAL=config.num_local_blocks,
             BQ=tiles.tokens,
-            R=top_rows,
+            R=1,
             NBP=next_power_of_2(columns),
             **common,
-            num_warps=top_warps,
+            num_warps=1,
         )
     return indices
 

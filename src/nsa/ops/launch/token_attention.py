@@ -47,7 +47,7 @@ def token_attention_fwd(
     indices = slc[2].contiguous() if slc and slc[2] is not None else None
     k, v = (k_slc, v_slc) if slc else (k_win, v_win)
     sizes = heads(q, k, v)
-    shape = tile("selected_window_fwd", sizes, q)
+    shape = tile("token_attention_fwd", sizes, q)
     tiles = QueryTiles.of(q, cu_seqlens, shape.BM // sizes["GP"])
 
     def output(wanted: bool) -> Tensor | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Kernels that walk lists of blocks with one membership bit per token of the tile.
-WITH_BITS = ("selected_window_fwd", "dq")
+WITH_BITS = ("token_attention_fwd", "dq")
 MAX_TOKENS = 64  # Bits of an int64.
 
 
