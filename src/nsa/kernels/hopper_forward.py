@@ -25,13 +25,8 @@ from nsa.kernels.tiles import num_visible
 @gluon.jit
 def _producer(
     tiles,
-    q_desc,
-    k_desc,
-    v_desc,
-    q_s,
-    k_s,
-    v_s,
-    bars,
+    ring,
+    descriptors,
     num_tiles,
     G: gl.constexpr,
     K: gl.constexpr,
@@ -45,6 +40,8 @@ def _producer(
     PACKED: gl.constexpr,
 ):
     """A place of the ring takes keys of one tile and the values of the tile before it."""
+    q_s, k_s, v_s, bars = ring
+    q_desc, k_desc, v_desc = descriptors
     q_full, q_empty, full, empty = bars
     K_BYTES: gl.constexpr = k_desc.block_type.nbytes
     V_BYTES: gl.constexpr = v_desc.block_type.nbytes
@@ -130,15 +127,8 @@ def _step(
     j,
     steps,
     i_copy,
-    q_s,
-    k_s,
-    v_s,
-    bars,
-    b_p,
-    b_m,
-    b_l,
-    b_alpha,
-    b_acc,
+    ring,
+    state,
     zero,
     scale_log2,
     b_visible,
@@ -149,6 +139,8 @@ def _step(
     MASKED: gl.constexpr,
 ):
     """Softmax of tile ``j`` while the product with values of tile ``j - 1`` runs."""
+    q_s, k_s, v_s, bars = ring
+    b_p, b_m, b_l, b_alpha, b_acc = state
     _, _, full, empty = bars
     i_s = i_copy % STAGES
     i_n = (i_copy + 1) % STAGES
@@ -171,14 +163,9 @@ def _step(
 @gluon.jit
 def _consumer(
     tiles,
-    o_ptr,
-    lse_ptr,
-    q_s,
-    k_s,
-    v_s,
-    bars,
+    ring,
+    out,
     num_tiles,
-    scale_log2,
     ROW: gl.constexpr,
     H: gl.constexpr,
     K: gl.constexpr,
@@ -192,6 +179,8 @@ def _consumer(
     PACKED: gl.constexpr,
 ):
     """One warp group: rows ``ROW`` to ``ROW + 64`` of every tile."""
+    q_s, k_s, v_s, bars = ring
+    o_ptr, lse_ptr, scale_log2 = out
     q_full, q_empty, full, empty = bars
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
@@ -227,18 +216,21 @@ def _consumer(
             b_p = _pack(b_e, q_s.dtype)
             i_copy += 1
             mbarrier.wait(full.index(i_copy % STAGES), (i_copy // STAGES) & 1)
+            mine = (q_mine, k_s, v_s, bars)
+            state = (b_p, b_m, b_l, b_alpha, b_acc)
             for j in range(1, masked):
-                b_p, b_m, b_l, b_alpha, b_acc = _step(
-                    j, steps, i_copy, q_mine, k_s, v_s, bars, b_p, b_m, b_l, b_alpha, b_acc, zero,
-                    scale_log2, b_visible, o_n, p_layout, BN, STAGES, True
+                state = _step(
+                    j, steps, i_copy, mine, state, zero, scale_log2, b_visible, o_n, p_layout,
+                    BN, STAGES, True
                 )  # fmt: skip
                 i_copy += 1
             for j in range(gl.maximum(masked, 1), steps):
-                b_p, b_m, b_l, b_alpha, b_acc = _step(
-                    j, steps, i_copy, q_mine, k_s, v_s, bars, b_p, b_m, b_l, b_alpha, b_acc, zero,
-                    scale_log2, b_visible, o_n, p_layout, BN, STAGES, False
+                state = _step(
+                    j, steps, i_copy, mine, state, zero, scale_log2, b_visible, o_n, p_layout,
+                    BN, STAGES, False
                 )  # fmt: skip
                 i_copy += 1
+            b_p, b_m, b_l, b_alpha, b_acc = state
             mbarrier.arrive(q_empty, count=1)
             mbarrier.arrive(empty.index((i_copy - 1) % STAGES), count=1)
             i_s = i_copy % STAGES
@@ -311,83 +303,21 @@ def hopper_attention_fwd_kernel(
     barrier()
     bars = (q_full, q_empty, full, empty)
     tiles = (cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_c, q_offset)
+    ring = (q_s, k_s, v_s, bars)
+    out = (o_ptr, lse_ptr, scale_log2)
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (
-                    tiles,
-                    o_ptr,
-                    lse_ptr,
-                    q_s,
-                    k_s,
-                    v_s,
-                    bars,
-                    num_tiles,
-                    scale_log2,
-                    0,
-                    H,
-                    K,
-                    G,
-                    DV,
-                    BQ,
-                    BN,
-                    BLOCK,
-                    STRIDE,
-                    STAGES,
-                    PACKED,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    tiles,
-                    o_ptr,
-                    lse_ptr,
-                    q_s,
-                    k_s,
-                    v_s,
-                    bars,
-                    num_tiles,
-                    scale_log2,
-                    64,
-                    H,
-                    K,
-                    G,
-                    DV,
-                    BQ,
-                    BN,
-                    BLOCK,
-                    STRIDE,
-                    STAGES,
-                    PACKED,
-                ),
-            ),
-            (
-                _producer,
-                (
-                    tiles,
-                    q_desc,
-                    k_desc,
-                    v_desc,
-                    q_s,
-                    k_s,
-                    v_s,
-                    bars,
-                    num_tiles,
-                    G,
-                    K,
-                    DK,
-                    DV,
-                    BQ,
-                    BN,
-                    BLOCK,
-                    STRIDE,
-                    STAGES,
-                    PACKED,
-                ),
-            ),
+            (_consumer, (
+                tiles, ring, out, num_tiles, 0, H, K, G, DV, BQ, BN, BLOCK, STRIDE, STAGES, PACKED
+            )),
+            (_consumer, (
+                tiles, ring, out, num_tiles, 64, H, K, G, DV, BQ, BN, BLOCK, STRIDE, STAGES, PACKED
+            )),
+            (_producer, (
+                tiles, ring, (q_desc, k_desc, v_desc), num_tiles, G, K, DK, DV, BQ, BN, BLOCK,
+                STRIDE, STAGES, PACKED
+            )),
         ],
         [4, 1],
         [240, 24],
-    )
+    )  # fmt: skip

@@ -21,12 +21,9 @@ from nsa.kernels.tiles import num_visible
 @gluon.jit
 def _producer(
     tiles,
+    turns,
     k_desc,
-    k_s,
-    full,
-    empty,
-    last_tile,
-    num_tiles,
+    ring,
     K: gl.constexpr,
     DK: gl.constexpr,
     BQ: gl.constexpr,
@@ -37,6 +34,8 @@ def _producer(
     PACKED: gl.constexpr,
 ):
     """Keys, from the last that a tile sees to the first, an even number of steps."""
+    last_tile, num_tiles = turns
+    k_s, full, empty = ring
     i_copy = 0
     for i_flat in range(gl.program_id(0), num_tiles * K, gl.num_programs(0)):
         i_k, _, _, c_0, _, _, steps, _ = tile_steps(
@@ -85,12 +84,8 @@ def _sum_heads(b_p, BN: gl.constexpr, GP: gl.constexpr, BQ: gl.constexpr):
 @gluon.jit
 def _write_sums(
     b_s,
-    b_lse,
     first_key,
-    n_any,
-    b_visible,
-    out,
-    scale_log2,
+    rows,
     GP: gl.constexpr,
     BQ: gl.constexpr,
     S: gl.constexpr,
@@ -98,7 +93,8 @@ def _write_sums(
     MASKED: gl.constexpr,
 ):
     """``own`` and ``next`` of one step's logits ``[BN, BQ * GP]``."""
-    own_ptr, next_ptr, i_row, n_rows, K, i_k, stride_row = out
+    b_lse, b_visible, n_any, sums, scale_log2 = rows
+    own_ptr, next_ptr, i_row, n_rows, K, i_k, stride_row = sums
     BN: gl.constexpr = b_s.shape[0]
     b_p = exp2(b_s * scale_log2 - b_lse[None, :])
     if MASKED:
@@ -125,17 +121,11 @@ def _pair(
     i_copy,
     more,
     q_s,
-    k_s,
-    full,
-    empty,
+    ring,
     b_s,
     zero,
-    b_lse,
     first_key,
-    n_any,
-    b_visible,
-    out,
-    scale_log2,
+    rows,
     GP: gl.constexpr,
     BQ: gl.constexpr,
     S: gl.constexpr,
@@ -148,19 +138,18 @@ def _pair(
     Each step's product runs while the sums of the one before are taken. A wait for a copy in
     between keeps ptxas from moving the wait for the product up, before the exponentials.
     """
+    k_s, full, empty = ring
     BN: gl.constexpr = zero.shape[0]
     i_s = i_copy % STAGES
     b_next = warpgroup_mma(k_s.index(i_s), q_s.permute((1, 0)), zero, use_acc=False, is_async=True)
-    _write_sums(b_s, b_lse, first_key, n_any, b_visible, out, scale_log2, GP, BQ, S, W, MASKED)
+    _write_sums(b_s, first_key, rows, GP, BQ, S, W, MASKED)
     i_n = (i_copy + 1) % STAGES
     mbarrier.wait(full.index(i_n), ((i_copy + 1) // STAGES) & 1, pred=more)
     b_next = warpgroup_mma_wait(0, deps=(b_next,))
     mbarrier.arrive(empty.index(i_s), count=1)
     # After the last pair, the product of whatever is in the ring is not looked at.
     b_s = warpgroup_mma(k_s.index(i_n), q_s.permute((1, 0)), zero, use_acc=False, is_async=True)
-    _write_sums(
-        b_next, b_lse, first_key - BN, n_any, b_visible, out, scale_log2, GP, BQ, S, W, MASKED
-    )
+    _write_sums(b_next, first_key - BN, rows, GP, BQ, S, W, MASKED)
     i_m = (i_copy + 2) % STAGES
     mbarrier.wait(full.index(i_m), ((i_copy + 2) // STAGES) & 1, pred=more)
     b_s = warpgroup_mma_wait(0, deps=(b_s,))
@@ -171,18 +160,11 @@ def _pair(
 @gluon.jit
 def _consumer(
     tiles,
-    q_ptr,
-    lse_ptr,
-    own_ptr,
-    next_ptr,
+    turns,
+    inputs,
+    out,
     q_s,
-    k_s,
-    full,
-    empty,
-    last_tile,
-    num_tiles,
-    scale_log2,
-    stride_row,
+    ring,
     HALF: gl.constexpr,
     H: gl.constexpr,
     K: gl.constexpr,
@@ -199,6 +181,10 @@ def _consumer(
     PACKED: gl.constexpr,
 ):
     """One warp group: ``BQ`` tokens, half ``HALF`` of every tile."""
+    last_tile, num_tiles = turns
+    q_ptr, lse_ptr, scale_log2 = inputs
+    own_ptr, next_ptr, stride_row = out
+    k_s, full, empty = ring
     COLUMNS: gl.constexpr = BQ * GP
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DK, DK // 8], [4, 1], [1, 0])
@@ -226,7 +212,8 @@ def _consumer(
         m_row = (t_0 + s_token < n_q) & (s_head < G)
         b_lse = gl.load(lse_ptr + p_row, mask=m_row, other=float("inf")) * 1.4426950408889634
         i_row = (num_tiles - 1 - i_flat // K).to(gl.int64) * (2 * BQ) + HALF * BQ
-        out = (own_ptr, next_ptr, i_row, n_q - t_0, K, i_k, stride_row)
+        sums = (own_ptr, next_ptr, i_row, n_q - t_0, K, i_k, stride_row)
+        rows = (b_lse, b_visible, n_any, sums, scale_log2)
         if total > 0:
             i_s = i_copy % STAGES
             mbarrier.wait(full.index(i_s), (i_copy // STAGES) & 1)
@@ -240,51 +227,15 @@ def _consumer(
             pairs = (total - (steps - masked) + 1) // 2
             for j in range(pairs):
                 b_s = _pair(
-                    i_copy + 1,
-                    2 * j + 2 < total,
-                    q_s,
-                    k_s,
-                    full,
-                    empty,
-                    b_s,
-                    zero,
-                    b_lse,
-                    (total - 1 - 2 * j) * BN,
-                    n_any,
-                    b_visible,
-                    out,
-                    scale_log2,
-                    GP,
-                    BQ,
-                    S,
-                    W,
-                    STAGES,
-                    True,
-                )
+                    i_copy + 1, 2 * j + 2 < total, q_s, ring, b_s, zero, (total - 1 - 2 * j) * BN,
+                    rows, GP, BQ, S, W, STAGES, True
+                )  # fmt: skip
                 i_copy += 2
             for j in range(pairs, total // 2):
                 b_s = _pair(
-                    i_copy + 1,
-                    2 * j + 2 < total,
-                    q_s,
-                    k_s,
-                    full,
-                    empty,
-                    b_s,
-                    zero,
-                    b_lse,
-                    (total - 1 - 2 * j) * BN,
-                    n_any,
-                    b_visible,
-                    out,
-                    scale_log2,
-                    GP,
-                    BQ,
-                    S,
-                    W,
-                    STAGES,
-                    False,
-                )
+                    i_copy + 1, 2 * j + 2 < total, q_s, ring, b_s, zero, (total - 1 - 2 * j) * BN,
+                    rows, GP, BQ, S, W, STAGES, False
+                )  # fmt: skip
                 i_copy += 2
 
 
@@ -338,93 +289,24 @@ def hopper_scores_kernel(
     barrier()
     tiles = (cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_c, q_offset)
     last_tile = first_tile + num_tiles - 1
+    inputs = (q_ptr, lse_ptr, scale_log2)
+    out = (own_ptr, next_ptr, stride_row)
+    turns = (last_tile, num_tiles)
+    ring = (k_s, full, empty)
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (
-                    tiles,
-                    q_ptr,
-                    lse_ptr,
-                    own_ptr,
-                    next_ptr,
-                    q_s.index(0),
-                    k_s,
-                    full,
-                    empty,
-                    last_tile,
-                    num_tiles,
-                    scale_log2,
-                    stride_row,
-                    0,
-                    H,
-                    K,
-                    G,
-                    GP,
-                    DK,
-                    BQ,
-                    BN,
-                    BLOCK,
-                    STRIDE,
-                    S,
-                    W,
-                    STAGES,
-                    PACKED,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    tiles,
-                    q_ptr,
-                    lse_ptr,
-                    own_ptr,
-                    next_ptr,
-                    q_s.index(1),
-                    k_s,
-                    full,
-                    empty,
-                    last_tile,
-                    num_tiles,
-                    scale_log2,
-                    stride_row,
-                    1,
-                    H,
-                    K,
-                    G,
-                    GP,
-                    DK,
-                    BQ,
-                    BN,
-                    BLOCK,
-                    STRIDE,
-                    S,
-                    W,
-                    STAGES,
-                    PACKED,
-                ),
-            ),
-            (
-                _producer,
-                (
-                    tiles,
-                    k_desc,
-                    k_s,
-                    full,
-                    empty,
-                    last_tile,
-                    num_tiles,
-                    K,
-                    DK,
-                    2 * BQ,
-                    BN,
-                    BLOCK,
-                    STRIDE,
-                    STAGES,
-                    PACKED,
-                ),
-            ),
+            (_consumer, (
+                tiles, turns, inputs, out, q_s.index(0), ring, 0, H, K, G, GP, DK, BQ, BN, BLOCK,
+                STRIDE, S, W, STAGES, PACKED
+            )),
+            (_consumer, (
+                tiles, turns, inputs, out, q_s.index(1), ring, 1, H, K, G, GP, DK, BQ, BN, BLOCK,
+                STRIDE, S, W, STAGES, PACKED
+            )),
+            (_producer, (
+                tiles, turns, k_desc, ring, K, DK, 2 * BQ, BN, BLOCK, STRIDE, STAGES, PACKED
+            )),
         ],
         [4, 1],
         [240, 24],
-    )
+    )  # fmt: skip
