@@ -142,10 +142,7 @@ def selected_dkv(rows: Rows, branch: Branch, geometry: Geometry) -> tuple[Tensor
     parts_k, parts_v = (
         q.new_empty(sums * max_parts, size, sizes[dim], dtype=torch.float32) for dim in ("DK", "DV")
     )
-    where = {
-        "part_offsets_ptr": part_offsets,
-        "first_key_ptr": blocks.first_key,
-    }
+    where = {"part_offsets_ptr": part_offsets, "first_key_ptr": blocks.first_key}
     common = {
         "dk_ptr": parts_k,
         "dv_ptr": parts_v,
@@ -162,8 +159,8 @@ def selected_dkv(rows: Rows, branch: Branch, geometry: Geometry) -> tuple[Tensor
         common |= {**rows.descriptors(branch), **hopper.selected_arguments(sizes)}
         launch(hopper_selected_dkv_kernel, (max_parts,), **common)
     else:
-        common |= {**rows.arguments(branch), **sizes, "SELECT": size, **shape._asdict()}
-        common["num_keys_ptr"] = blocks.num_keys
+        common |= {**rows.arguments(branch), "num_keys_ptr": blocks.num_keys}
+        common |= {**sizes, "SELECT": size, **shape._asdict()}
         launch(selected_dkv_kernel, (max_parts, ceil_div(size, shape.BN)), **common)
     for parts, out in ((parts_k, dk), (parts_v, dv)):
         launch(
