@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa.kernels.hopper_tiles import barrier, exp2, tile_steps
+from nsa.kernels.hopper_tiles import barrier, exp2, pack, tile_steps, unpack
 from nsa.kernels.tiles import num_visible
 
 
@@ -89,40 +89,6 @@ def _softmax(b_s, b_m, b_l, scale_log2, first_key, b_visible, o_n, MASKED: gl.co
 
 
 @gluon.jit
-def _pack(b_p, dtype: gl.constexpr):
-    """``[64, BN]`` float32 to ``[64, BN / 2]`` int32 of two 16-bit values each.
-
-    Probabilities wait for their product across a step of the loop; single 16-bit values would be
-    taken apart and put together again there.
-    """
-    low, high = gl.split(gl.reshape(b_p, [b_p.shape[0], b_p.shape[1] // 2, 2]))
-    PAIR: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
-    return gl.inline_asm_elementwise(
-        "cvt.rn." + PAIR + ".f32 $0, $2, $1;",
-        "=r,f,f",
-        [low, high],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _unpack(b_p, dtype: gl.constexpr, layout: gl.constexpr):
-    """What ``_pack`` packed, ``[64, BN]``, as the left operand of a product."""
-    low, high = gl.inline_asm_elementwise(
-        "mov.b32 {$0, $1}, $2;",
-        "=h,=h,r",
-        [b_p],
-        dtype=(gl.int16, gl.int16),
-        is_pure=True,
-        pack=1,
-    )
-    b_p = gl.reshape(gl.join(low, high), [b_p.shape[0], b_p.shape[1] * 2])
-    return gl.convert_layout(b_p.to(dtype, bitcast=True), layout)
-
-
-@gluon.jit
 def _step(
     j,
     steps,
@@ -146,7 +112,7 @@ def _step(
     i_n = (i_copy + 1) % STAGES
     b_s = warpgroup_mma(q_s, k_s.index(i_s).permute((1, 0)), zero, use_acc=False, is_async=True)
     b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, b_acc.type.layout))[:, None]
-    b_acc = warpgroup_mma(_unpack(b_p, q_s.dtype, p_layout), v_s.index(i_s), b_acc, is_async=True)
+    b_acc = warpgroup_mma(unpack(b_p, q_s.dtype, p_layout), v_s.index(i_s), b_acc, is_async=True)
     b_s = warpgroup_mma_wait(1, deps=(b_s,))
     b_e, b_m, b_l, b_alpha = _softmax(
         b_s, b_m, b_l, scale_log2, (steps - 1 - j) * BN, b_visible, o_n, MASKED
@@ -157,7 +123,7 @@ def _step(
     mbarrier.arrive(empty.index((i_copy - 1) % STAGES), count=1)
     mbarrier.wait(full.index(i_n), ((i_copy + 1) // STAGES) & 1)
     b_acc = warpgroup_mma_wait(0, deps=(b_acc,))
-    return _pack(b_e, q_s.dtype), b_m, b_l, b_alpha, b_acc
+    return pack(b_e, q_s.dtype), b_m, b_l, b_alpha, b_acc
 
 
 @gluon.jit
@@ -213,7 +179,7 @@ def _consumer(
             b_e, b_m, b_l, b_alpha = _softmax(
                 b_s, b_m, b_l, scale_log2, (steps - 1) * BN, b_visible, o_n, True
             )
-            b_p = _pack(b_e, q_s.dtype)
+            b_p = pack(b_e, q_s.dtype)
             i_copy += 1
             mbarrier.wait(full.index(i_copy % STAGES), (i_copy // STAGES) & 1)
             mine = (q_mine, k_s, v_s, bars)
@@ -236,7 +202,7 @@ def _consumer(
             i_s = i_copy % STAGES
             b_o = b_acc * gl.convert_layout(b_alpha, row_layout)[:, None]
             b_o = warpgroup_mma(
-                _unpack(b_p, q_s.dtype, p_layout), v_s.index(i_s), b_o, is_async=True
+                unpack(b_p, q_s.dtype, p_layout), v_s.index(i_s), b_o, is_async=True
             )
             b_o = warpgroup_mma_wait(0, deps=(b_o,))
             mbarrier.arrive(empty.index(i_s), count=1)

@@ -24,6 +24,40 @@ def exp2(x):
 
 
 @gluon.jit
+def pack(b_p, dtype: gl.constexpr):
+    """``[64, BN]`` float32 to ``[64, BN / 2]`` int32 of two 16-bit values each.
+
+    Probabilities wait for their product across a step of the loop; single 16-bit values would be
+    taken apart and put together again there.
+    """
+    low, high = gl.split(gl.reshape(b_p, [b_p.shape[0], b_p.shape[1] // 2, 2]))
+    PAIR: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
+    return gl.inline_asm_elementwise(
+        "cvt.rn." + PAIR + ".f32 $0, $2, $1;",
+        "=r,f,f",
+        [low, high],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def unpack(b_p, dtype: gl.constexpr, layout: gl.constexpr):
+    """What ``pack`` packed, ``[64, BN]``, as the left operand of a product."""
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;",
+        "=h,=h,r",
+        [b_p],
+        dtype=(gl.int16, gl.int16),
+        is_pure=True,
+        pack=1,
+    )
+    b_p = gl.reshape(gl.join(low, high), [b_p.shape[0], b_p.shape[1] * 2])
+    return gl.convert_layout(b_p.to(dtype, bitcast=True), layout)
+
+
+@gluon.jit
 def tile_steps(
     i_flat,
     last_tile,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nsa.kernels.query_gradients import dq_kernel, row_values_kernel
+from nsa.ops.launch import hopper_query_gradients as hopper
 from nsa.ops.launch.branches import Branch, Geometry
 from nsa.ops.launch.key_gradients import EVERYTHING, Rows, range_dkv, selected_dkv
 from nsa.ops.launch.select_blocks import union_blocks
@@ -96,6 +97,8 @@ def _dq(
     values: Tensor,
     geometry: Geometry,
 ) -> Tensor:
+    if hopper.applies(q, branches, geometry):
+        return hopper.dq(do, q, branches, values, geometry)
     dq = torch.empty_like(q)
     any_branch = next(iter(branches.values()))
     sizes = heads(q, any_branch.k, any_branch.v)

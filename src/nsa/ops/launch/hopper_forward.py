@@ -1,4 +1,4 @@
-"""Launches the Hopper kernels of compressed attention and block scores, where they apply."""
+"""Launches the Hopper kernels of the forward, where they apply."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.kernels.hopper_forward import hopper_attention_fwd_kernel
 from nsa.kernels.hopper_scores import hopper_scores_kernel
+from nsa.kernels.hopper_token_attention import hopper_token_attention_fwd_kernel
 from nsa.ops.launch.tiles import LOG2_E, QueryTiles, launch, next_power_of_2
 from nsa.ops.launch.tuned import capability
 
@@ -31,6 +32,9 @@ class HopperTile(NamedTuple):
 # Keys are given back a step late, so two places would leave no time for a copy.
 ATTENTION = HopperTile(128, 128, 3)
 SCORES = HopperTile(256, 64, 4)
+# Of tokens, a step has the keys of a selection block, and the ring takes what the queries leave.
+TOKEN_ROWS, TOKEN_KEYS, MAX_STAGES = 128, 64, 8
+SHARED_MEMORY = 226 * 1024  # Bytes of a multiprocessor, less what barriers take.
 
 
 def has_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, softmax_scale: float) -> bool:
@@ -38,29 +42,43 @@ def has_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, softmax_scale: float)
     group = q.shape[-2] // k_cmp.shape[-2]
     fits = group == next_power_of_2(group) <= ATTENTION.BM
     dims = q.shape[-1] in DIMS and v_cmp.shape[-1] in DIMS
-    return fits and dims and softmax_scale > 0 and _can_copy(q, k_cmp, v_cmp)
+    return fits and dims and softmax_scale > 0 and can_copy(q, k_cmp, v_cmp)
 
 
 def has_scores(q: Tensor, k_cmp: Tensor, keys_per_block: int) -> bool:
     """Whether ``block_scores`` applies; the sums of small groups would not fit the registers."""
     group = next_power_of_2(q.shape[-2] // k_cmp.shape[-2])
     whole = keys_per_block == next_power_of_2(keys_per_block) <= SCORES.BN
-    return 8 <= group <= 64 and whole and q.shape[-1] in DIMS and _can_copy(q, k_cmp)
+    return 8 <= group <= 64 and whole and q.shape[-1] in DIMS and can_copy(q, k_cmp)
 
 
-def _can_copy(*tensors: Tensor) -> bool:
+def has_token_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int | None, softmax_scale: float
+) -> bool:
+    """Whether ``token_attention_fwd`` applies; without selected blocks they have no size."""
+    return (
+        q.shape[-2] // k.shape[-2] in (8, 16, 32, 64)
+        and {q.shape[-1], v.shape[-1]} <= set(DIMS)
+        and block_size in (None, TOKEN_KEYS)
+        and softmax_scale > 0
+        and can_copy(q, k, v)
+    )
+
+
+def can_copy(*tensors: Tensor) -> bool:
     """Whether tensors are on a Hopper GPU and its copy engine can read them."""
     if capability(tensors[0]) != 9 or tensors[0].dtype not in DTYPES:
         return False
     return all(x.numel() > 0 and x.data_ptr() % 16 == 0 for x in tensors)
 
 
-def _programs(device: torch.device, tiles: int) -> tuple[int]:
+def programs(device: torch.device, tiles: int) -> tuple[int]:
     """Programs that stay and share the tiles: one on each multiprocessor."""
     return (min(torch.cuda.get_device_properties(device).multi_processor_count, tiles),)
 
 
-def _descriptor(x: Tensor, shape: tuple[int, ...], block: list[int]) -> TensorDescriptor:
+def descriptor(x: Tensor, shape: tuple[int, ...], block: list[int]) -> TensorDescriptor:
+    """How the copy engine reads ``x``, viewed as ``shape``, in tiles of ``block``."""
     # Rows of a supported head dim fill the widest swizzle.
     layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), len(block))
     return TensorDescriptor.from_tensor(x.view(shape), block, layout)
@@ -85,10 +103,10 @@ def attention_fwd(
     tiles = QueryTiles.of(q, cu_seqlens, tile.BM // group)
     launch(
         hopper_attention_fwd_kernel,
-        _programs(q.device, tiles.num_tiles * num_kv_heads),
-        q_desc=_descriptor(q, (-1, num_heads, key_dim), [tiles.tokens, group, key_dim]),
-        k_desc=_descriptor(k_cmp, (-1, num_kv_heads * key_dim), [tile.BN, key_dim]),
-        v_desc=_descriptor(v_cmp, (-1, num_kv_heads * value_dim), [tile.BN, value_dim]),
+        programs(q.device, tiles.num_tiles * num_kv_heads),
+        q_desc=descriptor(q, (-1, num_heads, key_dim), [tiles.tokens, group, key_dim]),
+        k_desc=descriptor(k_cmp, (-1, num_kv_heads * key_dim), [tile.BN, key_dim]),
+        v_desc=descriptor(v_cmp, (-1, num_kv_heads * value_dim), [tile.BN, value_dim]),
         o_ptr=o,
         lse_ptr=lse,
         **tiles.arguments(),
@@ -123,8 +141,8 @@ def block_scores(
     group = num_heads // num_kv_heads
     launch(
         hopper_scores_kernel,
-        _programs(q.device, num_tiles * num_kv_heads),
-        k_desc=_descriptor(k_cmp, (-1, num_kv_heads * key_dim), [tile.BN, key_dim]),
+        programs(q.device, num_tiles * num_kv_heads),
+        k_desc=descriptor(k_cmp, (-1, num_kv_heads * key_dim), [tile.BN, key_dim]),
         q_ptr=q,
         lse_ptr=lse,
         num_tiles=num_tiles,
@@ -137,5 +155,42 @@ def block_scores(
         DK=key_dim,
         **common,
         **tile._asdict(),
+        **START,
+    )
+
+
+def token_attention_fwd(
+    q: Tensor,
+    keys: dict[str, Tensor],
+    tiles: QueryTiles,
+    *,
+    window_size: int,
+    common: dict[str, Any],
+    flags: dict[str, bool],
+) -> None:
+    """Writes the outputs in ``common``: what ``nsa.ops.launch.token_attention`` gives its kernels.
+
+    ``keys`` are ``k_slc``, ``v_slc``, ``k_win`` and ``v_win``, ``flags`` those of the plain kernel.
+    """
+    num_heads, key_dim = q.shape[-2:]
+    num_kv_heads, value_dim = keys["v_slc"].shape[-2:]
+    group = num_heads // num_kv_heads
+    free = SHARED_MEMORY - TOKEN_ROWS * key_dim * 2
+    stages = min(MAX_STAGES, free // (TOKEN_KEYS * (key_dim + value_dim) * 2))
+    descriptors = {
+        f"{name}_desc": descriptor(x, (-1, num_kv_heads * x.shape[-1]), [TOKEN_KEYS, x.shape[-1]])
+        for name, x in keys.items()
+    }
+    sizes = (num_heads, num_kv_heads, group, key_dim, value_dim, window_size)
+    launch(
+        hopper_token_attention_fwd_kernel,
+        programs(q.device, tiles.num_tiles * num_kv_heads),
+        q_desc=descriptor(q, (-1, num_heads, key_dim), [tiles.tokens, group, key_dim]),
+        **descriptors,
+        **common,
+        **tiles.places(),
+        num_tiles=tiles.num_tiles,
+        SHAPE=(*sizes, common["blocks_ptr"].shape[-1], stages, *flags.values(), tiles.packed),
+        Q_REGISTERS=True,
         **START,
     )

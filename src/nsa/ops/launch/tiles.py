@@ -96,11 +96,14 @@ class QueryTiles:
         offsets[1:] = torch.cumsum(per_seq, 0)
         return cls(tokens, q.shape[0] // tokens + num_seqs, num_seqs, cu_seqlens, offsets, True)
 
-    def arguments(self) -> dict:
+    def places(self) -> dict:
         """Kernel arguments that locate a tile. Without packing the pointers are never read."""
         return {
             "cu_seqlens_ptr": self.cu_seqlens,
             "tile_offsets_ptr": self.offsets,
             "num_seqs": self.num_seqs,
-            "PACKED": self.packed,
         }
+
+    def arguments(self) -> dict:
+        """``places``, and whether sequences are packed."""
+        return {**self.places(), "PACKED": self.packed}

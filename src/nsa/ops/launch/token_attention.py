@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.kernels.token_attention import token_attention_fwd_kernel
+from nsa.ops.launch import hopper_forward as hopper
 from nsa.ops.launch.select_blocks import union_blocks
 from nsa.ops.launch.tiles import LOG2_E, QueryTiles, heads, key_tile, launch
 from nsa.ops.launch.tuned import tile
@@ -42,60 +43,76 @@ def token_attention_fwd(
         save: whether to return branch outputs and log-sum-exps.
     """
     q = q.contiguous()
-    k_slc, v_slc = (x.contiguous() for x in slc[:2]) if slc else (q, q)
-    k_win, v_win = (x.contiguous() for x in win) if win else (q, q)
+    # Of a branch that is not there, nothing is read or written: any tensor will do.
+    k_slc, v_slc = (x.contiguous() for x in (slc or win or ())[:2])
+    k_win, v_win = (x.contiguous() for x in win) if win else (k_slc, v_slc)
     indices = slc[2].contiguous() if slc and slc[2] is not None else None
-    k, v = (k_slc, v_slc) if slc else (k_win, v_win)
-    sizes = heads(q, k, v)
-    shape = tile("token_attention_fwd", sizes, q)
-    tiles = QueryTiles.of(q, cu_seqlens, shape.BM // sizes["GP"])
-
-    def output(wanted: bool) -> Tensor | None:
-        return q.new_empty(*q.shape[:-1], v.shape[-1]) if wanted else None
-
-    def lse(wanted: bool) -> Tensor | None:
-        return q.new_empty(q.shape[:-1], dtype=torch.float32) if wanted else None
-
-    maybe = {
-        "o": output(gates is not None),
-        "o_slc": output(save and slc is not None),
-        "o_win": output(save and win is not None),
-        "lse_slc": lse(save and slc is not None),
-        "lse_win": lse(save and win is not None),
-    }
-    out = {name: x for name, x in maybe.items() if x is not None}
+    sizes = heads(q, k_slc, v_slc)
+    out = _outputs(q, v_slc, gates is not None, save and slc is not None, save and win is not None)
     if q.numel() == 0:
         return out
+    shape = tile("token_attention_fwd", sizes, q)
+    on_hopper = hopper.has_token_attention(
+        q, k_slc, v_slc, block_size if slc else None, softmax_scale
+    )
+    tokens = hopper.TOKEN_ROWS // sizes["G"] if on_hopper else shape.BM // sizes["GP"]
+    tiles = QueryTiles.of(q, cu_seqlens, tokens)
     union = (q, q, q) if indices is None else union_blocks(indices, tiles, q.shape[-3])
+    keys = {"k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win}
+    written = {
+        "o_ptr": out.get("o", q),
+        "o_slc_ptr": out.get("o_slc", q),
+        "o_win_ptr": out.get("o_win", q),
+        "lse_slc_ptr": out.get("lse_slc", out.get("lse_win", q)),
+        "lse_win_ptr": out.get("lse_win", out.get("lse_slc", q)),
+    }
+    common = {
+        "gates_ptr": q if gates is None else gates.contiguous(),
+        "o_cmp_ptr": q if o_cmp is None else o_cmp,
+        **written,
+        "blocks_ptr": union[0],
+        "bits_ptr": union[1],
+        "counts_ptr": union[2],
+        "T_q": q.shape[-3],
+        "T_k": k_slc.shape[-3],
+        "q_offset": q_offset,
+        "scale_log2": softmax_scale * LOG2_E,
+    }
+    flags = {
+        "SLC": slc is not None,
+        "ALL": indices is None,
+        "WIN": win is not None,
+        "COMBINE": gates is not None,
+        "SAVE": save,
+    }
+    if on_hopper:
+        hopper.token_attention_fwd(
+            q, keys, tiles, window_size=window_size, common=common, flags=flags
+        )
+        return out
     shape = shape._replace(BN=key_tile(shape.BN, block_size) if slc else shape.BN)
     launch(
         token_attention_fwd_kernel,
         (tiles.num_tiles, sizes["K"]),
         q_ptr=q,
-        k_slc_ptr=k_slc,
-        v_slc_ptr=v_slc,
-        k_win_ptr=k_win,
-        v_win_ptr=v_win,
-        gates_ptr=q if gates is None else gates.contiguous(),
-        o_cmp_ptr=q if o_cmp is None else o_cmp,
-        **{f"{name}_ptr": out.get(name, q) for name in maybe},
-        blocks_ptr=union[0],
-        bits_ptr=union[1],
-        counts_ptr=union[2],
+        **{f"{name}_ptr": x for name, x in keys.items()},
+        **common,
         **tiles.arguments(),
-        T_q=q.shape[-3],
-        T_k=k.shape[-3],
-        q_offset=q_offset,
-        scale_log2=softmax_scale * LOG2_E,
         **sizes,
         SELECT=block_size,
         WINDOW=window_size,
         U=union[0].shape[-1],
-        SLC=slc is not None,
-        ALL=indices is None,
-        WIN=win is not None,
-        COMBINE=gates is not None,
-        SAVE=save,
+        **flags,
         **shape._asdict(),
     )
+    return out
+
+
+def _outputs(q: Tensor, v: Tensor, gated: bool, slc: bool, win: bool) -> dict[str, Tensor]:
+    """Those that are wanted: of the gated sum, of selected blocks, of the window."""
+    out = {"o": q.new_empty(*q.shape[:-1], v.shape[-1])} if gated else {}
+    for name, wanted in (("slc", slc), ("win", win)):
+        if wanted:
+            out[f"o_{name}"] = q.new_empty(*q.shape[:-1], v.shape[-1])
+            out[f"lse_{name}"] = q.new_empty(q.shape[:-1], dtype=torch.float32)
     return out

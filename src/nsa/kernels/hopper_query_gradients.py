@@ -1,0 +1,339 @@
+"""Backward, query side, on Hopper: ``dq`` of all branches, by two warpgroups that share keys.
+
+``dq_kernel`` reads tiles of keys once for every 64 query rows, as fast as the L2 cache gives them.
+Here a warp copies them into a ring for 128 rows. Each of two warpgroups has 64 of the rows and
+works at its own pace, so that the softmax of one runs under the products of the other. Of selected
+blocks the ring gets the union of what the 128 rows chose; a warpgroup passes over what none of its
+own rows did.
+
+Copies do not stop at the last key that a tile sees. What follows has weight 0, so slots that no
+sequence uses must be finite. See ``nsa.kernels.hopper_tiles``.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from nsa.kernels.hopper_tiles import barrier, exp2
+from nsa.kernels.tiles import locate_tile, num_visible
+
+BM = gl.constexpr(128)  # Query rows of a tile: 64 for each warpgroup.
+BN = gl.constexpr(64)  # Keys of a step, and of a selected block.
+COMPRESSED = gl.constexpr(0)
+SELECTED = gl.constexpr(1)
+WINDOW = gl.constexpr(2)
+
+# Entries of SHAPE, the sizes that are compiled in. BRANCHES: 1 compressed, 2 selected, 4 window.
+H = gl.constexpr(0)
+K = gl.constexpr(1)
+G = gl.constexpr(2)
+DK = gl.constexpr(3)
+DV = gl.constexpr(4)
+BLOCK = gl.constexpr(5)
+STRIDE = gl.constexpr(6)
+WINDOW_SIZE = gl.constexpr(7)
+U = gl.constexpr(8)
+BRANCHES = gl.constexpr(9)
+ALL = gl.constexpr(10)
+STAGES = gl.constexpr(11)
+PACKED = gl.constexpr(12)
+
+
+@gluon.jit
+def _plan(i_flat, num_tiles, tiles, union, SHAPE: gl.constexpr):
+    """Where to work in turn ``i_flat`` of the grid, the longest tiles first.
+
+    Returns kv head, first token in its sequence, first rows of q, tokens and slots, number of
+    queries, first key of the window, entry of the tile in ``union``, and steps of each branch.
+    """
+    tokens: gl.constexpr = BM // SHAPE[G]
+    cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_k, T_c, q_offset = tiles
+    i_tile = num_tiles - 1 - i_flat // SHAPE[K]
+    i_k = i_flat % SHAPE[K]
+    packed: gl.constexpr = SHAPE[PACKED]
+    stride: gl.constexpr = SHAPE[STRIDE]
+    t_0, q_0, k_0, c_0, n_q = locate_tile(
+        i_tile, cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_k, T_c, tokens, stride, packed
+    )
+    last = q_offset + gl.minimum(t_0 + tokens, n_q) - 1
+    first = gl.maximum(q_offset + t_0 - SHAPE[WINDOW_SIZE] + 1, 0)
+    p_tile = i_tile * SHAPE[K] + i_k
+    exists = t_0 < n_q
+    n_cmp = 0
+    n_slc = 0
+    n_win = 0
+    if SHAPE[BRANCHES] & 1:
+        n_any = num_visible(last, SHAPE[BLOCK], SHAPE[STRIDE])
+        n_cmp = gl.where(exists, (n_any + BN - 1) // BN, 0)
+    if SHAPE[BRANCHES] & 2:
+        if SHAPE[ALL]:
+            n_slc = gl.where(exists, last // BN + 1, 0)
+        else:
+            n_slc = gl.load(union[2] + p_tile)
+    if SHAPE[BRANCHES] & 4:
+        n_win = gl.where(exists, (last - first) // BN + 1, 0)
+    rows = (q_0, k_0.to(gl.int32), c_0.to(gl.int32))
+    return i_k, t_0, rows, n_q, first, p_tile, (n_cmp, n_slc, n_win)
+
+
+@gluon.jit
+def _fetch(i_copy, k_desc, v_desc, row, i_k, ring, SHAPE: gl.constexpr):
+    """Starts the copies of 64 keys and values from ``row`` into the next place of the ring."""
+    k_s, v_s, full, empty = ring
+    key_dim: gl.constexpr = SHAPE[DK]
+    value_dim: gl.constexpr = SHAPE[DV]
+    i_s = i_copy % SHAPE[STAGES]
+    mbarrier.wait(empty.index(i_s), ((i_copy // SHAPE[STAGES]) & 1) ^ 1)
+    mbarrier.expect(full.index(i_s), BN * (key_dim + value_dim) * 2)
+    tma.async_copy_global_to_shared(k_desc, [row, i_k * key_dim], full.index(i_s), k_s.index(i_s))
+    tma.async_copy_global_to_shared(v_desc, [row, i_k * value_dim], full.index(i_s), v_s.index(i_s))
+
+
+@gluon.jit
+def _producer(descs, queries, ring, num_tiles, tiles, union, SHAPE: gl.constexpr):
+    """Copies the queries of every tile and its keys, branch after branch."""
+    q_desc, do_desc, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = descs
+    q_s, do_s, q_full, q_empty = queries
+    group: gl.constexpr = SHAPE[G]
+    kv_heads: gl.constexpr = SHAPE[K]
+    i_copy = 0
+    q_phase = 0
+    for i_flat in range(gl.program_id(0), num_tiles * kv_heads, gl.num_programs(0)):
+        i_k, t_0, rows, _, first, p_tile, steps = _plan(i_flat, num_tiles, tiles, union, SHAPE)
+        mbarrier.wait(q_empty, q_phase ^ 1)
+        mbarrier.expect(q_full, q_desc.block_type.nbytes + do_desc.block_type.nbytes)
+        token = (rows[0] + t_0).to(gl.int32)
+        tma.async_copy_global_to_shared(q_desc, [token, i_k * group, 0], q_full, q_s)
+        tma.async_copy_global_to_shared(do_desc, [token, i_k * group, 0], q_full, do_s)
+        q_phase = q_phase ^ 1
+        if SHAPE[BRANCHES] & 1:
+            for i in range(steps[0]):
+                _fetch(i_copy, k_cmp, v_cmp, rows[2] + i * BN, i_k, ring, SHAPE)
+                i_copy += 1
+        if SHAPE[BRANCHES] & 2:
+            if SHAPE[ALL]:
+                for i in range(steps[1]):
+                    _fetch(i_copy, k_slc, v_slc, rows[1] + i * BN, i_k, ring, SHAPE)
+                    i_copy += 1
+            else:
+                p_block = union[0] + p_tile.to(gl.int64) * SHAPE[U]
+                block = gl.load(p_block, mask=steps[1] > 0, other=0)
+                for i in range(steps[1]):
+                    following = gl.load(p_block + i + 1, mask=i + 1 < steps[1], other=0)
+                    row = rows[1] + block.to(gl.int32) * BN
+                    _fetch(i_copy, k_slc, v_slc, row, i_k, ring, SHAPE)
+                    block = following
+                    i_copy += 1
+        if SHAPE[BRANCHES] & 4:
+            for i in range(steps[2]):
+                _fetch(i_copy, k_win, v_win, rows[1] + first + i * BN, i_k, ring, SHAPE)
+                i_copy += 1
+
+
+@gluon.jit
+def _entry(i, count, p_tile, union, SHAPE: gl.constexpr):
+    """First key of entry ``i`` of a tile's union list, and a bit for each token that chose it."""
+    m = i < count
+    p_bits = union[1] + p_tile.to(gl.int64) * (SHAPE[U] + 1) + i
+    block = gl.load(union[0] + p_tile.to(gl.int64) * SHAPE[U] + i, mask=m, other=0)
+    bits = gl.load(p_bits + 1, mask=m, other=0) - gl.load(p_bits, mask=m, other=0)
+    return block.to(gl.int32) * BN, bits.to(gl.int32)
+
+
+@gluon.jit
+def _step(q, do, b_k, b_v, b_dq, zero, values, sees, start, masked, o_n, scale_log2, arrived):
+    """Adds 64 keys from ``start`` to ``dq``. ``sees`` ends with who may see them at all."""
+    b_lse, b_delta, b_gate = values
+    lower, upper, member = sees
+    b_s = warpgroup_mma(q, b_k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    b_dp = warpgroup_mma(do, b_v.permute((1, 0)), zero, use_acc=False, is_async=True)
+    b_lse = gl.where(member, b_lse, float("inf"))
+    b_s = warpgroup_mma_wait(1, deps=(b_s,))
+    b_s = b_s * scale_log2 - b_lse[:, None]
+    if masked:
+        see = ((start + o_n)[None, :] >= lower[:, None]) & ((start + o_n)[None, :] < upper[:, None])
+        b_s = gl.where(see, b_s, float("-inf"))
+    b_p = exp2(b_s)
+    # The copy is here already; the branch keeps ptxas from moving the wait for ``dp`` up, before
+    # the exponentials.
+    mbarrier.wait(arrived[0], arrived[1])
+    b_dp = warpgroup_mma_wait(0, deps=(b_dp,))
+    b_ds = b_p * (b_dp * b_gate[:, None] - b_delta[:, None])
+    operand: gl.constexpr = gl.DotOperandLayout(0, b_dq.type.layout, 2)
+    b_ds = gl.convert_layout(b_ds.to(b_k.dtype), operand)
+    b_dq = warpgroup_mma(b_ds, b_k, b_dq, is_async=True)
+    return warpgroup_mma_wait(0, deps=(b_dq,))
+
+
+@gluon.jit
+def _consumer(
+    PART: gl.constexpr, rows_ptr, dq_ptr, queries, ring, num_tiles, tiles, union, num_rows,
+    scale_log2, scale, SHAPE: gl.constexpr
+):  # fmt: skip
+    """One warpgroup: rows ``64 * PART`` to ``64 * PART + 64`` of every tile."""
+    q_s, do_s, q_full, q_empty = queries
+    k_s, v_s, full, empty = ring
+    group: gl.constexpr = SHAPE[G]
+    kv_heads: gl.constexpr = SHAPE[K]
+    key_dim: gl.constexpr = SHAPE[DK]
+    tokens: gl.constexpr = 64 // group
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, key_dim, 16])
+    zero = gl.zeros([64, BN], gl.float32, s_layout)
+    o_n = gl.arange(0, BN, gl.SliceLayout(0, s_layout))
+    o_m = gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+    q_mine = q_s.reshape([BM, key_dim]).slice(PART * 64, 64)
+    do_mine = do_s.reshape([BM, SHAPE[DV]]).slice(PART * 64, 64)
+    every: gl.constexpr = (1 << tokens) - 1
+    i_copy = 0
+    q_phase = 0
+    for i_flat in range(gl.program_id(0), num_tiles * kv_heads, gl.num_programs(0)):
+        i_k, t_0, rows, n_q, first, p_tile, steps = _plan(i_flat, num_tiles, tiles, union, SHAPE)
+        t_0 += PART * tokens
+        o_t = t_0 + o_m // group
+        p_row = (rows[0] + o_t) * SHAPE[H] + i_k * group + o_m % group
+        b_dq = gl.zeros([64, key_dim], gl.float32, dq_layout)
+        mbarrier.wait(q_full, q_phase)
+        q_phase = q_phase ^ 1
+        # One loop for all branches: copies of it would crowd the instruction cache.
+        for branch in range(3):
+            p_value = rows_ptr + branch * 3 * num_rows.to(gl.int64) + p_row
+            count = gl.where(branch == COMPRESSED, steps[0], steps[2])
+            count = gl.where(branch == SELECTED, steps[1], count)
+            m_row = (o_t < n_q) & (count > 0)
+            b_lse = gl.load(p_value, mask=m_row, other=float("inf"))
+            b_delta = gl.load(p_value + num_rows, mask=m_row, other=0.0)
+            b_gate = gl.load(p_value + 2 * num_rows.to(gl.int64), mask=m_row, other=0.0)
+            # A row sees keys from ``lower`` to ``upper``; ``clear`` is what all rows see of it.
+            position = tiles[6] + o_t
+            p_first = tiles[6] + t_0
+            visible = num_visible(position, SHAPE[BLOCK], SHAPE[STRIDE])
+            v_first = num_visible(p_first, SHAPE[BLOCK], SHAPE[STRIDE])
+            upper = gl.where(branch == COMPRESSED, visible, position + 1)
+            clear_to = gl.where(branch == COMPRESSED, v_first, p_first + 1)
+            reach = gl.where(branch == WINDOW, SHAPE[WINDOW_SIZE], 1 << 30)
+            lower = position + 1 - reach
+            clear_from = p_first + tokens - reach
+            start = gl.where(branch == WINDOW, first, 0)
+            bits = every
+            if (SHAPE[BRANCHES] & 2) and not SHAPE[ALL]:
+                listed = gl.where(branch == SELECTED, count, 0)
+                start_listed, bits_listed = _entry(0, listed, p_tile, union, SHAPE)
+                start = gl.where(branch == SELECTED, start_listed, start)
+                bits = gl.where(branch == SELECTED, bits_listed >> (PART * tokens), every)
+            for i in range(count):
+                start_next = start + BN
+                bits_next = every
+                if (SHAPE[BRANCHES] & 2) and not SHAPE[ALL]:
+                    start_listed, bits_listed = _entry(i + 1, listed, p_tile, union, SHAPE)
+                    start_next = gl.where(branch == SELECTED, start_listed, start_next)
+                    bits_next = gl.where(branch == SELECTED, bits_listed >> (PART * tokens), every)
+                i_s = i_copy % SHAPE[STAGES]
+                arrived = (full.index(i_s), (i_copy // SHAPE[STAGES]) & 1)
+                mbarrier.wait(arrived[0], arrived[1])
+                if (bits & every) != 0:
+                    masked = (start + BN > clear_to) | (start < clear_from)
+                    member = ((bits >> (o_m // group)) & 1) != 0
+                    b_dq = _step(
+                        q_mine, do_mine, k_s.index(i_s), v_s.index(i_s), b_dq, zero,
+                        (b_lse, b_delta, b_gate), (lower, upper, member), start, masked, o_n,
+                        scale_log2, arrived,
+                    )  # fmt: skip
+                mbarrier.arrive(empty.index(i_s), count=1)
+                i_copy += 1
+                start = start_next
+                bits = bits_next
+        mbarrier.arrive(q_empty, count=1)
+        o_d = gl.arange(0, key_dim, gl.SliceLayout(0, dq_layout))
+        row = gl.convert_layout(p_row, gl.SliceLayout(1, dq_layout))
+        keep = gl.convert_layout((o_t < n_q).to(gl.int32), gl.SliceLayout(1, dq_layout)) != 0
+        p_dq = dq_ptr + row[:, None] * key_dim + o_d[None, :]
+        gl.store(p_dq, (b_dq * scale).to(dq_ptr.dtype.element_ty), mask=keep[:, None])
+
+
+@gluon.jit
+def hopper_dq_kernel(
+    q_desc,
+    do_desc,
+    k_cmp_desc,
+    v_cmp_desc,
+    k_slc_desc,
+    v_slc_desc,
+    k_win_desc,
+    v_win_desc,
+    rows_ptr,
+    dq_ptr,
+    blocks_ptr,
+    bits_ptr,
+    counts_ptr,
+    cu_seqlens_ptr,
+    tile_offsets_ptr,
+    num_tiles,
+    num_seqs,
+    num_rows,
+    T_q,
+    T_k,
+    T_c,
+    q_offset,
+    scale_log2,
+    scale,
+    SHAPE: gl.constexpr,
+):
+    """Grid: programs that share ``num_tiles * K`` tiles of 128 rows. As ``dq_kernel``.
+
+    Descriptors: ``q [T, H, DK]`` by ``[128 / G, G, DK]``, do alike, keys ``[rows, K * DK]`` by
+    ``[64, DK]``, values alike.
+    """
+    key_dim: gl.constexpr = SHAPE[DK]
+    value_dim: gl.constexpr = SHAPE[DV]
+    stages: gl.constexpr = SHAPE[STAGES]
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    q_s = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_shape, q_desc.layout)
+    do_s = gl.allocate_shared_memory(do_desc.dtype, do_desc.block_shape, do_desc.layout)
+    k_s = gl.allocate_shared_memory(q_desc.dtype, [stages, BN, key_dim], k_cmp_desc.layout)
+    v_s = gl.allocate_shared_memory(q_desc.dtype, [stages, BN, value_dim], v_cmp_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
+    full = gl.allocate_shared_memory(gl.int64, [stages, 1], bar)
+    empty = gl.allocate_shared_memory(gl.int64, [stages, 1], bar)
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=2)
+    for i in gl.static_range(stages):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    barrier()
+    descs = (
+        q_desc, do_desc, k_cmp_desc, v_cmp_desc, k_slc_desc, v_slc_desc, k_win_desc, v_win_desc
+    )  # fmt: skip
+    queries = (q_s, do_s, q_full, q_empty)
+    ring = (k_s, v_s, full, empty)
+    tiles = (cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_k, T_c, q_offset)
+    union = (blocks_ptr, bits_ptr, counts_ptr)
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (
+                    0, rows_ptr, dq_ptr, queries, ring, num_tiles, tiles, union, num_rows,
+                    scale_log2, scale, SHAPE,
+                ),
+            ),
+            (
+                _consumer,
+                (
+                    1, rows_ptr, dq_ptr, queries, ring, num_tiles, tiles, union, num_rows,
+                    scale_log2, scale, SHAPE,
+                ),
+            ),
+            (_producer, (descs, queries, ring, num_tiles, tiles, union, SHAPE)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

@@ -1,0 +1,84 @@
+"""Launches the Hopper kernel of ``dq``, where it applies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsa.kernels.hopper_query_gradients import hopper_dq_kernel
+from nsa.ops.launch import hopper_key_gradients
+from nsa.ops.launch.branches import Branch, Geometry
+from nsa.ops.launch.hopper_forward import SHARED_MEMORY, START, can_copy, descriptor, programs
+from nsa.ops.launch.select_blocks import union_blocks
+from nsa.ops.launch.tiles import QueryTiles, heads, launch, reachable
+
+ROWS, KEYS = 128, 64  # Of a query tile and of a step, which is a selected block.
+MAX_STAGES = 6
+
+
+def applies(q: Tensor, branches: dict[str, Branch], geometry: Geometry) -> bool:
+    """As for the key side, with selection blocks of one step."""
+    first = next(iter(branches.values()))
+    whole = "slc" not in branches or geometry.block_size == KEYS
+    fits = hopper_key_gradients.applies(q, first.v, heads(q, first.k, first.v))
+    return whole and fits and can_copy(q, *(x for b in branches.values() for x in (b.k, b.v)))
+
+
+def dq(
+    do: Tensor, q: Tensor, branches: dict[str, Branch], values: Tensor, geometry: Geometry
+) -> Tensor:
+    """Gradient of queries, ``[B, T, H, DK]`` or packed: see ``nsa.ops.launch.gradients``."""
+    out = torch.empty_like(q)
+    first = next(iter(branches.values()))
+    sizes = heads(q, first.k, first.v)
+    group, dims = sizes["G"], (sizes["DK"], sizes["DV"])
+    tiles = QueryTiles.of(q, geometry.cu_seqlens, ROWS // group)
+    slc, tokens = branches.get("slc"), branches.get("slc") or branches.get("win")
+    union = (q, q, q)
+    if slc is not None and slc.block_indices is not None:
+        union = union_blocks(slc.block_indices, tiles, q.shape[-3])
+    descriptors = {
+        f"{name}_desc": descriptor(x, (-1, *x.shape[-2:]), [tiles.tokens, group, x.shape[-1]])
+        for name, x in (("q", q), ("do", do))
+    }
+    slots = 0
+    for name in ("cmp", "slc", "win"):
+        # Of a branch that is not there, or of which nothing is visible, nothing is copied.
+        branch = branches.get(name, first)
+        keys = (branch.k, branch.v)
+        if name == "cmp" and name in branches:
+            block, stride = geometry.compress_block_size, geometry.compress_stride
+            keys = tuple(reachable(x, q, geometry.q_offset, block, stride) for x in keys)
+            slots = keys[0].shape[-3]
+        if not keys[0].numel():
+            keys = (branch.k, branch.v)
+        for letter, x in zip("kv", keys, strict=True):
+            dim = x.shape[-1]
+            matrix = (-1, x.shape[-2] * dim)
+            descriptors[f"{letter}_{name}_desc"] = descriptor(x, matrix, [KEYS, dim])
+    stages = min(MAX_STAGES, (SHARED_MEMORY - ROWS * sum(dims) * 2) // (KEYS * sum(dims) * 2))
+    used = ("cmp" in branches) + 2 * ("slc" in branches) + 4 * ("win" in branches)
+    launch(
+        hopper_dq_kernel,
+        programs(q.device, tiles.num_tiles * sizes["K"]),
+        **descriptors,
+        rows_ptr=values,
+        dq_ptr=out,
+        blocks_ptr=union[0],
+        bits_ptr=union[1],
+        counts_ptr=union[2],
+        **tiles.places(),
+        num_tiles=tiles.num_tiles,
+        num_rows=values.shape[-1],
+        T_q=q.shape[-3],
+        T_k=q.shape[-3] if tokens is None else tokens.k.shape[-3],
+        T_c=slots,
+        **geometry.scalars(),
+        SHAPE=(
+            *(sizes["H"], sizes["K"], group, *dims),
+            *(geometry.compress_block_size, geometry.compress_stride, geometry.window_size),
+            *(union[0].shape[-1], used, union[0] is q, stages, tiles.packed),
+        ),
+        **START,
+    )
+    return out
