@@ -65,6 +65,8 @@ LAYERS = {
     "group1-d64-packed": Layer(heads=(8, 8), dims=(64, 64), packed=True),
     "group12-d128": Layer(heads=(24, 2), dims=(128, 128)),
     "group12-d64": Layer(heads=(24, 2), dims=(64, 64)),
+    "group4-d192": Layer(heads=(16, 4), dims=(192, 128)),
+    "group12-d192": Layer(heads=(24, 2), dims=(192, 128)),
 }
 TRAINING = ("compress", "compress-backward", "forward", "backward")
 ALONE = (
@@ -87,6 +89,8 @@ COMPILED = {
     ("group1-d64-packed", 90): TRAINING,
     ("group12-d128", 90): ("forward",),
     ("group12-d64", 90): ("forward",),
+    ("group4-d192", 90): ("forward",),
+    ("group12-d192", 90): ("forward", "backward"),
 }
 
 
@@ -163,7 +167,9 @@ def tiles_of(capability: int) -> Iterator[None]:
         mock.patch.object(tuned, "capability", major),
         mock.patch.object(hopper_key_gradients, "capability", major),
         mock.patch.object(hopper_forward, "capability", major),
-        mock.patch.object(hopper_forward, "_programs", return_value=(132,)),
+        mock.patch.object(
+            torch.cuda, "get_device_properties", return_value=mock.Mock(multi_processor_count=132)
+        ),
         mock.patch.object(Tensor, "data_ptr", return_value=0),  # Descriptors look at its alignment.
     ):
         yield
@@ -249,7 +255,8 @@ def _specialization(
     attributes: dict[tuple[int], list] = {}
     for i, parameter in enumerate(item.kernel.params):
         value, name = item.arguments[parameter.name], parameter.name
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        special = type(value) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
@@ -261,7 +268,7 @@ def _specialization(
             signature[name] = f"tensordesc<{dtype}[{box}],{value.layout!r}>"
         elif type(value) is int:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            attributes |= {(i,): ALIGNED} if value % 16 == 0 else {}
+            attributes |= {(i,): ALIGNED} if special and value % 16 == 0 else {}
         elif type(value) is bool:
             signature[name] = "u1"
         else:

@@ -6,7 +6,7 @@ from tests.cases import FEW, KINDS, Case, check_compress_kv, compressor_weights
 from tests.ops import contract
 
 from nsa.ops import CompressorWeights, compress_kv
-from nsa.ops.compress_kv import compress_bwd, compress_fwd
+from nsa.ops.compress_kv import compress_kv_bwd, compress_kv_fwd
 
 CASES = [case for case in contract.CASES if case.offset == 0]
 PARTS = ("pe", "w1", "w2")
@@ -55,14 +55,14 @@ def test_equals_the_oracle(case, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_contract(case, kind, layout):
-    x = contract.LAYOUTS[layout](case.tensors()["k_slc"].to(case.dtype))
-    weights = _weights(case, kind, "k")
-    inputs = (x, *[weights.get(f"k_{part}") for part in PARTS])
+    given = _tensors(case, kind)
+    tokens = [contract.LAYOUTS[layout](given[name]) for name in ("k_slc", "v_slc")]
+    weights = [given.get(f"{side}_{part}") for side in "kv" for part in PARTS]
     sizes = (case.config.compress_block_size, case.config.compress_stride)
-    constants = (case.cu_seqlens(), kind, *sizes, "reference")
-    contract.check_forward(compress_fwd, *inputs, *constants)
-    dout = torch.randn_like(compress_fwd(*inputs, *constants))
-    contract.check_backward(compress_bwd, dout, *inputs, *constants)
+    inputs = (*tokens, *weights, case.cu_seqlens(), kind, *sizes, "reference")
+    contract.check_forward(compress_kv_fwd, *inputs)
+    gradients = [torch.randn_like(x) for x in compress_kv_fwd(*inputs)]
+    contract.check_backward(compress_kv_bwd, *gradients, *inputs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,11 +6,11 @@ as what they add to a product, which the host works out once. Backward, tokens a
 of one stride; a piece gathers from the ``R = BLOCK / STRIDE`` blocks that hold it, so nothing is
 added atomically.
 
-A *row* is one block of one kv head (or one piece, or one token), ``row = i * K + head``. Where row
-``i`` lies is in a table of three int64 lines of ``num`` entries: its first token (-1 if there is no
-such block), its index in its sequence, and how many blocks that sequence has. Legend:
-``nsa.kernels.tiles``; ``F`` hidden units, ``BF`` and ``BC`` their tile and that of channels, ``BK``
-a step of a product.
+A *row* is one block of one kv head (or one piece, or one token), ``row = i * K + head``: ``locate``
+says where span ``i`` lies. In a batch that is arithmetic. Packed, it is read from a table of three
+int64 lines of ``num`` entries: the first token of slot ``i``, its index in its sequence, and how
+many tokens follow from it on. Legend: ``nsa.kernels.tiles``; ``F`` hidden units, ``BF`` and ``BC``
+their tile and that of channels, ``BK`` a step of a product.
 """
 
 import triton
@@ -19,47 +19,61 @@ import triton.language as tl
 from nsa.kernels.tiles import num_visible
 
 
-@triton.jit
-def locate_spans_kernel(
+@triton.jit(do_not_specialize=["num_seqs", "search_steps", "num"])
+def locate_slots_kernel(
     table_ptr,
     cu_seqlens_ptr,
     num_seqs,
     search_steps,
     num,
-    T,
-    per_seq,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
     BN: tl.constexpr,
-    PACKED: tl.constexpr,
 ):
-    """Grid (spans / BN): the table of spans of ``SIZE`` tokens, one every ``STRIDE``."""
+    """Grid (slots / BN): the table of packed sequences."""
     i = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    if PACKED:
-        # The last sequence that starts at or before slot i; those before it there hold no span.
-        lo = tl.zeros([BN], tl.int32)
-        hi = lo + num_seqs
-        for _ in range(search_steps):
-            mid = (lo + hi) // 2
-            before = tl.load(cu_seqlens_ptr + mid) // STRIDE <= i
-            lo = tl.where(before, mid, lo)
-            hi = tl.where(before, hi, mid)
-        start = tl.load(cu_seqlens_ptr + lo).to(tl.int64)
-        length = tl.load(cu_seqlens_ptr + lo + 1) - start
-        index = i - start // STRIDE
-    else:
-        start = i // per_seq * T
-        length = tl.zeros([BN], tl.int64) + T
-        index = i % per_seq
-    first = tl.where(index * STRIDE + SIZE <= length, start + index * STRIDE, -1)
+    # The last sequence that starts at or before slot i; those before it there hold no span.
+    lo = tl.zeros([BN], tl.int32)
+    hi = lo + num_seqs
+    for _ in range(search_steps):
+        mid = (lo + hi) // 2
+        before = tl.load(cu_seqlens_ptr + mid) // STRIDE <= i
+        lo = tl.where(before, mid, lo)
+        hi = tl.where(before, hi, mid)
+    start = tl.load(cu_seqlens_ptr + lo).to(tl.int64)
+    index = i - start // STRIDE
+    first = start + index * STRIDE
     m_i = i < num
     tl.store(table_ptr + i, first, mask=m_i)
     tl.store(table_ptr + num + i, index, mask=m_i)
-    tl.store(table_ptr + 2 * num + i, num_visible(length - 1, BLOCK, STRIDE), mask=m_i)
+    tl.store(table_ptr + 2 * num + i, tl.load(cu_seqlens_ptr + lo + 1) - first, mask=m_i)
 
 
 @triton.jit
+def locate(
+    i,
+    table_ptr,
+    num,
+    T,
+    per_seq,
+    SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """First token of a span of ``SIZE``, -1 if there is none; its index; tokens from it on."""
+    m_i = i < num
+    if PACKED:
+        first = tl.load(table_ptr + i, mask=m_i, other=0)
+        index = tl.load(table_ptr + num + i, mask=m_i, other=0)
+        left = tl.load(table_ptr + 2 * num + i, mask=m_i, other=0)
+    else:
+        seq = i.to(tl.int32) // per_seq
+        index = i.to(tl.int32) % per_seq
+        first = seq.to(tl.int64) * T + index * STRIDE
+        left = T - index * STRIDE
+    return tl.where(m_i & (left >= SIZE), first, -1), index, left
+
+
+@triton.jit(do_not_specialize=["num", "T", "per_seq"])
 def hidden_kernel(
     x_ptr,
     w1_ptr,
@@ -70,10 +84,14 @@ def hidden_kernel(
     w2_ptr,
     dhidden_ptr,
     num,
+    T,
+    per_seq,
     K: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PACKED: tl.constexpr,
     BM: tl.constexpr,
     BF: tl.constexpr,
     BK: tl.constexpr,
@@ -92,7 +110,7 @@ def hidden_kernel(
     head = o_m % K
     m_m = o_m // K < num
     m_f = (o_f < F)[None, :]
-    first = tl.load(table_ptr + o_m // K, mask=m_m, other=-1)
+    first, _, _ = locate(o_m // K, table_ptr, num, T, per_seq, BLOCK, STRIDE, PACKED)
     m_row = (first >= 0)[:, None]
     CHUNKS: tl.constexpr = (D + BK - 1) // BK
     p_x = x_ptr + (first * K + head)[:, None] * D + o_k[None, :]
@@ -128,7 +146,7 @@ def hidden_kernel(
         tl.store(dhidden_ptr + p_out, b_dhidden.to(dhidden_ptr.dtype.element_ty), mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num", "T", "per_seq"])
 def mean_kernel(
     x_ptr,
     pe_mean_ptr,
@@ -137,10 +155,14 @@ def mean_kernel(
     table_ptr,
     out_ptr,
     num,
+    T,
+    per_seq,
     K: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PACKED: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
@@ -155,7 +177,7 @@ def mean_kernel(
     head = o_m % K
     m_m = o_m // K < num
     m_c = (o_c < D)[None, :]
-    first = tl.load(table_ptr + o_m // K, mask=m_m, other=-1)
+    first, _, _ = locate(o_m // K, table_ptr, num, T, per_seq, BLOCK, STRIDE, PACKED)
     m_row = (first >= 0)[:, None]
     p_x = x_ptr + (first * K + head)[:, None] * D + o_c[None, :]
     b_out = tl.zeros([BM, BC], tl.float32)
@@ -180,7 +202,7 @@ def mean_kernel(
     tl.store(out_ptr + o_m[:, None] * D + o_c[None, :], b_out, mask=m_m[:, None] & m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num", "T", "per_seq", "gap"])
 def token_gradients_kernel(
     dhidden_ptr,
     w1_ptr,
@@ -188,6 +210,7 @@ def token_gradients_kernel(
     table_ptr,
     dx_ptr,
     num,
+    T,
     per_seq,
     gap,
     scale,
@@ -196,6 +219,7 @@ def token_gradients_kernel(
     F: tl.constexpr,
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
+    PACKED: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
@@ -214,11 +238,9 @@ def token_gradients_kernel(
     o_c = tl.program_id(1) % TILES * BC + tl.arange(0, BC)
     piece = o_m // K
     head = o_m % K
-    m_m = o_m // K < num
     m_c = (o_c < D)[None, :]
-    first = tl.load(table_ptr + piece, mask=m_m, other=-1)
-    index = tl.load(table_ptr + num + piece, mask=m_m, other=-1)
-    count = tl.load(table_ptr + 2 * num + piece, mask=m_m, other=0)
+    first, index, left = locate(piece, table_ptr, num, T, per_seq, STRIDE, STRIDE, PACKED)
+    count = num_visible(index * STRIDE + left - 1, BLOCK, STRIDE)
     index = tl.where(first >= 0, index, -1)  # a piece that does not exist is in no block
     row = (piece - piece // per_seq * gap) * K + head
     b_dx = tl.zeros([BM, BC], tl.float32)
@@ -249,17 +271,24 @@ def token_gradients_kernel(
     tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=(first >= 0)[:, None] & m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num", "T", "per_seq", "segment"])
 def weight_gradients_kernel(
     g_ptr,
     x_ptr,
+    sums_ptr,
+    pe_ptr,
     table_ptr,
     parts_ptr,
     num,
+    T,
+    per_seq,
     segment,
     K: tl.constexpr,
     F: tl.constexpr,
     D: tl.constexpr,
+    SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
     BM: tl.constexpr,
     BF: tl.constexpr,
@@ -269,7 +298,8 @@ def weight_gradients_kernel(
     """Grid (F / BF * D / BC, BLOCK, parts): ``parts [parts, F, BLOCK, D]``, fp32.
 
     Part ``p`` sums ``g[row] x[row]^T`` over its ``segment`` rows. With ``BLOCKS``, ``x`` holds
-    tokens and a row's vector is its flattened block; else (``BLOCK`` 1) it has ``g``'s rows.
+    tokens and a row's vector is its flattened block with positions, which enter part 0 by
+    ``sums [K, F]``, those of ``g`` over blocks; else (``BLOCK`` 1) it has ``g``'s rows.
     """
     TILES: tl.constexpr = (D + BC - 1) // BC
     o_f = tl.program_id(0) // TILES * BF + tl.arange(0, BF)
@@ -281,17 +311,22 @@ def weight_gradients_kernel(
     b_sum = tl.zeros([BF, BC], tl.float32)
     for m in range(i_part * segment, (i_part + 1) * segment, BM):
         o_m = m + tl.arange(0, BM)
-        first = tl.load(table_ptr + o_m // K, mask=o_m // K < num, other=-1)
+        first, _, _ = locate(o_m // K, table_ptr, num, T, per_seq, SIZE, STRIDE, PACKED)
         m_row = (first >= 0)[:, None]
         p_x = (first + s) * K + o_m % K if BLOCKS else o_m
         b_g = tl.load(g_ptr + o_m[:, None] * F + o_f[None, :], mask=m_row & m_f, other=0.0)
         b_x = tl.load(x_ptr + p_x[:, None] * D + o_c[None, :], mask=m_row & m_c, other=0.0)
         b_sum = tl.dot(tl.trans(b_g), b_x, b_sum, input_precision="ieee")
+    if BLOCKS:
+        for h in tl.range(0, tl.where(i_part == 0, K, 0), num_stages=1):
+            b_g = tl.load(sums_ptr + h * F + o_f, mask=o_f < F, other=0.0)
+            b_x = tl.load(pe_ptr + (h * BLOCK + s) * D + o_c, mask=o_c < D, other=0.0)
+            b_sum += b_g[:, None] * b_x[None, :].to(tl.float32)
     p_out = ((i_part * F + o_f) * BLOCK + s)[:, None] * D + o_c[None, :]
     tl.store(parts_ptr + p_out, b_sum, mask=(o_f < F)[:, None] & m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num", "T", "per_seq"])
 def gated_fwd_kernel(
     x_ptr,
     pe_ptr,
@@ -301,10 +336,14 @@ def gated_fwd_kernel(
     out_ptr,
     lse_ptr,
     num,
+    T,
+    per_seq,
     K: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PACKED: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
     SAVE: tl.constexpr,
@@ -321,7 +360,7 @@ def gated_fwd_kernel(
     m_i = (o_i < num)[:, None]
     m_c = o_c < D
     m_d = o_d < D
-    first = tl.load(table_ptr + o_i, mask=o_i < num, other=-1)
+    first, _, _ = locate(o_i, table_ptr, num, T, per_seq, BLOCK, STRIDE, PACKED)
     m_row = (first >= 0)[:, None]
     b_w = tl.load(
         w1_ptr + o_c[None, :] * D + o_d[:, None], mask=m_d[:, None] & m_c[None, :], other=0.0
@@ -352,7 +391,7 @@ def gated_fwd_kernel(
         tl.store(lse_ptr + p_out, b_m + tl.log(b_l), mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num", "T", "per_seq", "gap"])
 def gated_bwd_kernel(
     x_ptr,
     pe_ptr,
@@ -366,6 +405,7 @@ def gated_bwd_kernel(
     dlogits_ptr,
     parts_ptr,
     num,
+    T,
     per_seq,
     gap,
     K: tl.constexpr,
@@ -373,6 +413,7 @@ def gated_bwd_kernel(
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
+    PACKED: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -393,9 +434,8 @@ def gated_bwd_kernel(
     o_d = tl.arange(0, DP)
     m_c = o_c < D
     m_d = o_d < D
-    first = tl.load(table_ptr + piece, mask=piece < num, other=-1)
-    index = tl.load(table_ptr + num + piece, mask=piece < num, other=-1)
-    count = tl.load(table_ptr + 2 * num + piece, mask=piece < num, other=0)
+    first, index, left = locate(piece, table_ptr, num, T, per_seq, STRIDE, STRIDE, PACKED)
+    count = num_visible(index * STRIDE + left - 1, BLOCK, STRIDE)
     index = tl.where(first >= 0, index, -1)
     m_row = (first >= 0)[:, None]
     block = piece - piece // per_seq * gap

@@ -6,7 +6,7 @@ import triton.language as tl
 from nsa.kernels.tiles import locate_tile, num_visible, softmax_step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "T_q", "T_c", "q_offset"])
 def compressed_attention_fwd_kernel(
     q_ptr,
     k_ptr,

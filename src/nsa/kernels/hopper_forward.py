@@ -41,9 +41,11 @@ def _producer(
 ):
     """A place of the ring takes keys of one tile and the values of the tile before it."""
     q_s, k_s, v_s, bars = ring
+    COLUMNS: gl.constexpr = q_s.shape[2]
+    PIECES: gl.constexpr = DK // COLUMNS
     q_desc, k_desc, v_desc = descriptors
     q_full, q_empty, full, empty = bars
-    K_BYTES: gl.constexpr = k_desc.block_type.nbytes
+    K_BYTES: gl.constexpr = PIECES * k_desc.block_type.nbytes
     V_BYTES: gl.constexpr = v_desc.block_type.nbytes
     i_copy = 0
     q_phase = 0
@@ -52,8 +54,12 @@ def _producer(
             i_flat, num_tiles - 1, tiles, K, BQ, BN, BLOCK, STRIDE, PACKED
         )
         mbarrier.wait(q_empty, q_phase ^ 1)
-        mbarrier.expect(q_full, q_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, [(q_0 + t_0).to(gl.int32), i_k * G, 0], q_full, q_s)
+        mbarrier.expect(q_full, PIECES * q_desc.block_type.nbytes)
+        for h in gl.static_range(PIECES):
+            tokens = q_s.index(h).reshape([BQ, G, COLUMNS])
+            tma.async_copy_global_to_shared(
+                q_desc, [(q_0 + t_0).to(gl.int32), i_k * G, h * COLUMNS], q_full, tokens
+            )
         q_phase = q_phase ^ 1
         for j in range(gl.where(steps > 0, steps + 1, 0)):
             i_s = i_copy % STAGES
@@ -64,13 +70,26 @@ def _producer(
             mbarrier.expect(full.index(i_s), K_BYTES, pred=j == 0)
             mbarrier.expect(full.index(i_s), K_BYTES + V_BYTES, pred=has_k & has_v)
             mbarrier.expect(full.index(i_s), V_BYTES, pred=j == steps)
-            tma.async_copy_global_to_shared(
-                k_desc, [row, i_k * DK], full.index(i_s), k_s.index(i_s), pred=has_k
-            )
+            for h in gl.static_range(PIECES):
+                place = k_s.index(i_s * PIECES + h)
+                tma.async_copy_global_to_shared(
+                    k_desc, [row, i_k * DK + h * COLUMNS], full.index(i_s), place, pred=has_k
+                )
             tma.async_copy_global_to_shared(
                 v_desc, [row + BN, i_k * DV], full.index(i_s), v_s.index(i_s), pred=has_v
             )
             i_copy += 1
+
+
+@gluon.jit
+def _logits(queries, k_s, i_s, zero):
+    """Starts the product of queries, a tuple of pieces, with the keys of place ``i_s``."""
+    PIECES: gl.constexpr = len(queries)
+    b_s = zero
+    for h in gl.static_range(PIECES):
+        b_k = k_s.index(i_s * PIECES + h).permute((1, 0))
+        b_s = warpgroup_mma(queries[h], b_k, b_s, use_acc=h > 0, is_async=True)
+    return b_s
 
 
 @gluon.jit
@@ -105,14 +124,14 @@ def _step(
     MASKED: gl.constexpr,
 ):
     """Softmax of tile ``j`` while the product with values of tile ``j - 1`` runs."""
-    q_s, k_s, v_s, bars = ring
+    queries, k_s, v_s, bars = ring
     b_p, b_m, b_l, b_alpha, b_acc = state
     _, _, full, empty = bars
     i_s = i_copy % STAGES
     i_n = (i_copy + 1) % STAGES
-    b_s = warpgroup_mma(q_s, k_s.index(i_s).permute((1, 0)), zero, use_acc=False, is_async=True)
+    b_s = _logits(queries, k_s, i_s, zero)
     b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, b_acc.type.layout))[:, None]
-    b_acc = warpgroup_mma(unpack(b_p, q_s.dtype, p_layout), v_s.index(i_s), b_acc, is_async=True)
+    b_acc = warpgroup_mma(unpack(b_p, v_s.dtype, p_layout), v_s.index(i_s), b_acc, is_async=True)
     b_s = warpgroup_mma_wait(1, deps=(b_s,))
     b_e, b_m, b_l, b_alpha = _softmax(
         b_s, b_m, b_l, scale_log2, (steps - 1 - j) * BN, b_visible, o_n, MASKED
@@ -123,7 +142,7 @@ def _step(
     mbarrier.arrive(empty.index((i_copy - 1) % STAGES), count=1)
     mbarrier.wait(full.index(i_n), ((i_copy + 1) // STAGES) & 1)
     b_acc = warpgroup_mma_wait(0, deps=(b_acc,))
-    return pack(b_e, q_s.dtype), b_m, b_l, b_alpha, b_acc
+    return pack(b_e, v_s.dtype), b_m, b_l, b_alpha, b_acc
 
 
 @gluon.jit
@@ -150,12 +169,16 @@ def _consumer(
     q_full, q_empty, full, empty = bars
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
     zero = gl.zeros([64, BN], gl.float32, s_layout)
     o_n = gl.arange(0, BN, gl.SliceLayout(0, s_layout))
     o_m = ROW + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-    q_mine = q_s.reshape([BQ * G, q_s.shape[2]]).slice(ROW, 64)
+    PIECES: gl.constexpr = q_s.shape[0]
+    # Short steps leave the registers, and reading queries for each of them would take as long as
+    # their products.
+    HELD: gl.constexpr = BN < 128
     i_copy = 0
     q_phase = 0
     for i_flat in range(gl.program_id(0), num_tiles * K, gl.num_programs(0)):
@@ -169,12 +192,14 @@ def _consumer(
         b_acc = gl.zeros([64, DV], gl.float32, o_layout)
         mbarrier.wait(q_full, q_phase)
         q_phase = q_phase ^ 1
+        queries = ()
+        for h in gl.static_range(PIECES):
+            b_q = q_s.index(h).slice(ROW, 64)
+            queries = queries + (b_q.load(q_layout) if HELD else b_q,)
         if steps > 0:
             i_s = i_copy % STAGES
             mbarrier.wait(full.index(i_s), (i_copy // STAGES) & 1)
-            b_s = warpgroup_mma(
-                q_mine, k_s.index(i_s).permute((1, 0)), zero, use_acc=False, is_async=True
-            )
+            b_s = _logits(queries, k_s, i_s, zero)
             b_s = warpgroup_mma_wait(0, deps=(b_s,))
             b_e, b_m, b_l, b_alpha = _softmax(
                 b_s, b_m, b_l, scale_log2, (steps - 1) * BN, b_visible, o_n, True
@@ -182,7 +207,7 @@ def _consumer(
             b_p = pack(b_e, q_s.dtype)
             i_copy += 1
             mbarrier.wait(full.index(i_copy % STAGES), (i_copy // STAGES) & 1)
-            mine = (q_mine, k_s, v_s, bars)
+            mine = (queries, k_s, v_s, bars)
             state = (b_p, b_m, b_l, b_alpha, b_acc)
             for j in range(1, masked):
                 state = _step(
@@ -220,7 +245,7 @@ def _consumer(
         gl.store(p_o, b_o.to(q_s.dtype), mask=m_o[:, None])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_tiles", "num_seqs", "T_q", "T_c", "q_offset"])
 def hopper_attention_fwd_kernel(
     q_desc,
     k_desc,
@@ -249,12 +274,15 @@ def hopper_attention_fwd_kernel(
 ):
     """Grid: programs that share ``num_tiles * K`` tiles. ``o [T, H, DV]``, ``lse [T, H]``.
 
-    Descriptors: ``q [T, H, DK]`` by ``[BM / G, G, DK]``, ``k [slots, K * DK]`` by ``[BN, DK]``, v
-    alike.
+    Descriptors: ``q [T, H, DK]`` by ``[BM / G, G, COLUMNS]``, ``k [slots, K * DK]`` by
+    ``[BN, COLUMNS]``, ``v [slots, K * DV]`` by ``[BN, DV]``. Queries and keys whose dim is no power
+    of two, as shared memory must be shaped, come in pieces of ``COLUMNS``.
     """
     BQ: gl.constexpr = BM // G
-    q_s = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_shape, q_desc.layout)
-    k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BN, DK], k_desc.layout)
+    COLUMNS: gl.constexpr = k_desc.block_shape[1]
+    PIECES: gl.constexpr = DK // COLUMNS
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [PIECES, BM, COLUMNS], k_desc.layout)
+    k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES * PIECES, BN, COLUMNS], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BN, DV], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())

@@ -6,6 +6,9 @@ works at its own pace, so that the softmax of one runs under the products of the
 blocks the ring gets the union of what the 128 rows chose; a warpgroup passes over what none of its
 own rows did.
 
+A product has a power of two of columns: a head dim of 192 is cut into pieces of 64, others are one
+piece.
+
 Copies do not stop at the last key that a tile sees. What follows has weight 0, so slots that no
 sequence uses must be finite. See ``nsa.kernels.hopper_tiles``.
 """
@@ -30,6 +33,7 @@ SELECTED = gl.constexpr(1)
 WINDOW = gl.constexpr(2)
 
 # Entries of SHAPE, the sizes that are compiled in. BRANCHES: 1 compressed, 2 selected, 4 window.
+# DK is the width of one of PIECES pieces.
 H = gl.constexpr(0)
 K = gl.constexpr(1)
 G = gl.constexpr(2)
@@ -37,12 +41,12 @@ DK = gl.constexpr(3)
 DV = gl.constexpr(4)
 BLOCK = gl.constexpr(5)
 STRIDE = gl.constexpr(6)
-WINDOW_SIZE = gl.constexpr(7)
-U = gl.constexpr(8)
-BRANCHES = gl.constexpr(9)
-ALL = gl.constexpr(10)
-STAGES = gl.constexpr(11)
-PACKED = gl.constexpr(12)
+BRANCHES = gl.constexpr(7)
+ALL = gl.constexpr(8)
+STAGES = gl.constexpr(9)
+PACKED = gl.constexpr(10)
+PIECES = gl.constexpr(11)
+U = gl.constexpr(12)  # Entries that a union list has room for.
 
 
 @gluon.jit
@@ -53,7 +57,7 @@ def _plan(i_flat, num_tiles, tiles, union, SHAPE: gl.constexpr):
     queries, first key of the window, entry of the tile in ``union``, and steps of each branch.
     """
     tokens: gl.constexpr = BM // SHAPE[G]
-    cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_k, T_c, q_offset = tiles
+    cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_k, T_c, q_offset, window = tiles
     i_tile = num_tiles - 1 - i_flat // SHAPE[K]
     i_k = i_flat % SHAPE[K]
     packed: gl.constexpr = SHAPE[PACKED]
@@ -62,7 +66,7 @@ def _plan(i_flat, num_tiles, tiles, union, SHAPE: gl.constexpr):
         i_tile, cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_k, T_c, tokens, stride, packed
     )
     last = q_offset + gl.minimum(t_0 + tokens, n_q) - 1
-    first = gl.maximum(q_offset + t_0 - SHAPE[WINDOW_SIZE] + 1, 0)
+    first = gl.maximum(q_offset + t_0 - window + 1, 0)
     p_tile = i_tile * SHAPE[K] + i_k
     exists = t_0 < n_q
     n_cmp = 0
@@ -88,10 +92,14 @@ def _fetch(i_copy, k_desc, v_desc, row, i_k, ring, SHAPE: gl.constexpr):
     k_s, v_s, full, empty = ring
     key_dim: gl.constexpr = SHAPE[DK]
     value_dim: gl.constexpr = SHAPE[DV]
+    pieces: gl.constexpr = SHAPE[PIECES]
     i_s = i_copy % SHAPE[STAGES]
     mbarrier.wait(empty.index(i_s), ((i_copy // SHAPE[STAGES]) & 1) ^ 1)
-    mbarrier.expect(full.index(i_s), BN * (key_dim + value_dim) * 2)
-    tma.async_copy_global_to_shared(k_desc, [row, i_k * key_dim], full.index(i_s), k_s.index(i_s))
+    mbarrier.expect(full.index(i_s), BN * (pieces * key_dim + value_dim) * 2)
+    for h in gl.static_range(pieces):
+        to = k_s.index(i_s * pieces + h)
+        column = (i_k * pieces + h) * key_dim
+        tma.async_copy_global_to_shared(k_desc, [row, column], full.index(i_s), to)
     tma.async_copy_global_to_shared(v_desc, [row, i_k * value_dim], full.index(i_s), v_s.index(i_s))
 
 
@@ -102,14 +110,18 @@ def _producer(descs, queries, ring, num_tiles, tiles, union, SHAPE: gl.constexpr
     q_s, do_s, q_full, q_empty = queries
     group: gl.constexpr = SHAPE[G]
     kv_heads: gl.constexpr = SHAPE[K]
+    key_dim: gl.constexpr = SHAPE[DK]
+    pieces: gl.constexpr = SHAPE[PIECES]
     i_copy = 0
     q_phase = 0
     for i_flat in range(gl.program_id(0), num_tiles * kv_heads, gl.num_programs(0)):
         i_k, t_0, rows, _, first, p_tile, steps = _plan(i_flat, num_tiles, tiles, union, SHAPE)
         mbarrier.wait(q_empty, q_phase ^ 1)
-        mbarrier.expect(q_full, q_desc.block_type.nbytes + do_desc.block_type.nbytes)
+        mbarrier.expect(q_full, pieces * q_desc.block_type.nbytes + do_desc.block_type.nbytes)
         token = (rows[0] + t_0).to(gl.int32)
-        tma.async_copy_global_to_shared(q_desc, [token, i_k * group, 0], q_full, q_s)
+        for h in gl.static_range(pieces):
+            to = q_s.index(h)
+            tma.async_copy_global_to_shared(q_desc, [token, i_k * group, h * key_dim], q_full, to)
         tma.async_copy_global_to_shared(do_desc, [token, i_k * group, 0], q_full, do_s)
         q_phase = q_phase ^ 1
         if SHAPE[BRANCHES] & 1:
@@ -147,12 +159,25 @@ def _entry(i, count, p_tile, union, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def _step(q, do, b_k, b_v, b_dq, zero, values, sees, start, masked, o_n, scale_log2, arrived):
+def _step(
+    part, i_s, queries, ring, dq, zero, values, sees, start, masked, o_n, scale_log2, arrived,
+    SHAPE: gl.constexpr
+):  # fmt: skip
     """Adds 64 keys from ``start`` to ``dq``. ``sees`` ends with who may see them at all."""
+    q_s, do_s, _full, _empty = queries
+    k_s, v_s, _arrived, _free = ring
     b_lse, b_delta, b_gate = values
     lower, upper, member = sees
-    b_s = warpgroup_mma(q, b_k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    b_dp = warpgroup_mma(do, b_v.permute((1, 0)), zero, use_acc=False, is_async=True)
+    pieces: gl.constexpr = SHAPE[PIECES]
+    key_dim: gl.constexpr = SHAPE[DK]
+    b_s = zero
+    for h in gl.static_range(pieces):
+        b_q = q_s.index(h).reshape([BM, key_dim]).slice(part * 64, 64)
+        b_k = k_s.index(i_s * pieces + h).permute((1, 0))
+        b_s = warpgroup_mma(b_q, b_k, b_s, use_acc=h > 0, is_async=True)
+    b_do = do_s.reshape([BM, SHAPE[DV]]).slice(part * 64, 64)
+    b_v = v_s.index(i_s).permute((1, 0))
+    b_dp = warpgroup_mma(b_do, b_v, zero, use_acc=False, is_async=True)
     b_lse = gl.where(member, b_lse, float("inf"))
     b_s = warpgroup_mma_wait(1, deps=(b_s,))
     b_s = b_s * scale_log2 - b_lse[:, None]
@@ -165,10 +190,17 @@ def _step(q, do, b_k, b_v, b_dq, zero, values, sees, start, masked, o_n, scale_l
     mbarrier.wait(arrived[0], arrived[1])
     b_dp = warpgroup_mma_wait(0, deps=(b_dp,))
     b_ds = b_p * (b_dp * b_gate[:, None] - b_delta[:, None])
-    operand: gl.constexpr = gl.DotOperandLayout(0, b_dq.type.layout, 2)
-    b_ds = gl.convert_layout(b_ds.to(b_k.dtype), operand)
-    b_dq = warpgroup_mma(b_ds, b_k, b_dq, is_async=True)
-    return warpgroup_mma_wait(0, deps=(b_dq,))
+    operand: gl.constexpr = gl.DotOperandLayout(0, dq[0].type.layout, 2)
+    b_ds = gl.convert_layout(b_ds.to(k_s.dtype), operand)
+    added = ()
+    for h in gl.static_range(pieces):
+        b_k = k_s.index(i_s * pieces + h)
+        added = added + (warpgroup_mma(b_ds, b_k, dq[h], is_async=True),)
+    done = warpgroup_mma_wait(0, deps=added)
+    if pieces == 1:
+        return (done,)
+    else:
+        return done
 
 
 @gluon.jit
@@ -177,19 +209,18 @@ def _consumer(
     scale_log2, scale, SHAPE: gl.constexpr
 ):  # fmt: skip
     """One warpgroup: rows ``64 * PART`` to ``64 * PART + 64`` of every tile."""
-    q_s, do_s, q_full, q_empty = queries
-    k_s, v_s, full, empty = ring
+    _q_s, _do_s, q_full, q_empty = queries
+    _k_s, _v_s, full, empty = ring
     group: gl.constexpr = SHAPE[G]
     kv_heads: gl.constexpr = SHAPE[K]
     key_dim: gl.constexpr = SHAPE[DK]
+    pieces: gl.constexpr = SHAPE[PIECES]
     tokens: gl.constexpr = 64 // group
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, key_dim, 16])
     zero = gl.zeros([64, BN], gl.float32, s_layout)
     o_n = gl.arange(0, BN, gl.SliceLayout(0, s_layout))
     o_m = gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-    q_mine = q_s.reshape([BM, key_dim]).slice(PART * 64, 64)
-    do_mine = do_s.reshape([BM, SHAPE[DV]]).slice(PART * 64, 64)
     every: gl.constexpr = (1 << tokens) - 1
     i_copy = 0
     q_phase = 0
@@ -198,7 +229,9 @@ def _consumer(
         t_0 += PART * tokens
         o_t = t_0 + o_m // group
         p_row = (rows[0] + o_t) * SHAPE[H] + i_k * group + o_m % group
-        b_dq = gl.zeros([64, key_dim], gl.float32, dq_layout)
+        dq = ()
+        for _ in gl.static_range(pieces):
+            dq = dq + (gl.zeros([64, key_dim], gl.float32, dq_layout),)
         mbarrier.wait(q_full, q_phase)
         q_phase = q_phase ^ 1
         # One loop for all branches: copies of it would crowd the instruction cache.
@@ -217,7 +250,7 @@ def _consumer(
             v_first = num_visible(p_first, SHAPE[BLOCK], SHAPE[STRIDE])
             upper = gl.where(branch == COMPRESSED, visible, position + 1)
             clear_to = gl.where(branch == COMPRESSED, v_first, p_first + 1)
-            reach = gl.where(branch == WINDOW, SHAPE[WINDOW_SIZE], 1 << 30)
+            reach = gl.where(branch == WINDOW, tiles[7], 1 << 30)
             lower = position + 1 - reach
             clear_from = p_first + tokens - reach
             start = gl.where(branch == WINDOW, first, 0)
@@ -240,10 +273,9 @@ def _consumer(
                 if (bits & every) != 0:
                     masked = (start + BN > clear_to) | (start < clear_from)
                     member = ((bits >> (o_m // group)) & 1) != 0
-                    b_dq = _step(
-                        q_mine, do_mine, k_s.index(i_s), v_s.index(i_s), b_dq, zero,
-                        (b_lse, b_delta, b_gate), (lower, upper, member), start, masked, o_n,
-                        scale_log2, arrived,
+                    dq = _step(
+                        PART, i_s, queries, ring, dq, zero, (b_lse, b_delta, b_gate),
+                        (lower, upper, member), start, masked, o_n, scale_log2, arrived, SHAPE,
                     )  # fmt: skip
                 mbarrier.arrive(empty.index(i_s), count=1)
                 i_copy += 1
@@ -253,11 +285,13 @@ def _consumer(
         o_d = gl.arange(0, key_dim, gl.SliceLayout(0, dq_layout))
         row = gl.convert_layout(p_row, gl.SliceLayout(1, dq_layout))
         keep = gl.convert_layout((o_t < n_q).to(gl.int32), gl.SliceLayout(1, dq_layout)) != 0
-        p_dq = dq_ptr + row[:, None] * key_dim + o_d[None, :]
-        gl.store(p_dq, (b_dq * scale).to(dq_ptr.dtype.element_ty), mask=keep[:, None])
+        p_dq = dq_ptr + row[:, None] * (pieces * key_dim) + o_d[None, :]
+        for h in gl.static_range(pieces):
+            b_dq = (dq[h] * scale).to(dq_ptr.dtype.element_ty)
+            gl.store(p_dq + h * key_dim, b_dq, mask=keep[:, None])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_tiles", "num_seqs", "T_q", "T_k", "T_c", "q_offset", "window"])
 def hopper_dq_kernel(
     q_desc,
     do_desc,
@@ -281,22 +315,25 @@ def hopper_dq_kernel(
     T_k,
     T_c,
     q_offset,
+    window,
     scale_log2,
     scale,
     SHAPE: gl.constexpr,
 ):
     """Grid: programs that share ``num_tiles * K`` tiles of 128 rows. As ``dq_kernel``.
 
-    Descriptors: ``q [T, H, DK]`` by ``[128 / G, G, DK]``, do alike, keys ``[rows, K * DK]`` by
-    ``[64, DK]``, values alike.
+    Descriptors: ``q [T, H, D]`` by ``[128 / G, G, DK]``, do alike, keys ``[rows, K * D]`` by
+    ``[64, DK]``, values alike; ``D`` is ``PIECES * DK``.
     """
     key_dim: gl.constexpr = SHAPE[DK]
     value_dim: gl.constexpr = SHAPE[DV]
     stages: gl.constexpr = SHAPE[STAGES]
+    pieces: gl.constexpr = SHAPE[PIECES]
     bar: gl.constexpr = mbarrier.MBarrierLayout()
-    q_s = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_shape, q_desc.layout)
+    rows: gl.constexpr = [pieces, BM // SHAPE[G], SHAPE[G], key_dim]
+    q_s = gl.allocate_shared_memory(q_desc.dtype, rows, q_desc.layout)
     do_s = gl.allocate_shared_memory(do_desc.dtype, do_desc.block_shape, do_desc.layout)
-    k_s = gl.allocate_shared_memory(q_desc.dtype, [stages, BN, key_dim], k_cmp_desc.layout)
+    k_s = gl.allocate_shared_memory(q_desc.dtype, [stages * pieces, BN, key_dim], k_cmp_desc.layout)
     v_s = gl.allocate_shared_memory(q_desc.dtype, [stages, BN, value_dim], v_cmp_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
@@ -314,7 +351,7 @@ def hopper_dq_kernel(
     )  # fmt: skip
     queries = (q_s, do_s, q_full, q_empty)
     ring = (k_s, v_s, full, empty)
-    tiles = (cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_k, T_c, q_offset)
+    tiles = (cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_k, T_c, q_offset, window)
     union = (blocks_ptr, bits_ptr, counts_ptr)
     gl.warp_specialize(
         [

@@ -36,6 +36,8 @@ def _producer(
     """Keys, from the last that a tile sees to the first, an even number of steps."""
     last_tile, num_tiles = turns
     k_s, full, empty = ring
+    COLUMNS: gl.constexpr = k_s.shape[2]
+    PIECES: gl.constexpr = DK // COLUMNS
     i_copy = 0
     for i_flat in range(gl.program_id(0), num_tiles * K, gl.num_programs(0)):
         i_k, _, _, c_0, _, _, steps, _ = tile_steps(
@@ -45,11 +47,27 @@ def _producer(
         for j in range(total):
             i_s = i_copy % STAGES
             mbarrier.wait(empty.index(i_s), ((i_copy // STAGES) & 1) ^ 1)
-            mbarrier.expect(full.index(i_s), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                k_desc, [c_0 + (total - 1 - j) * BN, i_k * DK], full.index(i_s), k_s.index(i_s)
-            )
+            mbarrier.expect(full.index(i_s), PIECES * k_desc.block_type.nbytes)
+            row = c_0 + (total - 1 - j) * BN
+            for h in gl.static_range(PIECES):
+                tma.async_copy_global_to_shared(
+                    k_desc,
+                    [row, i_k * DK + h * COLUMNS],
+                    full.index(i_s),
+                    k_s.index(i_s * PIECES + h),
+                )
             i_copy += 1
+
+
+@gluon.jit
+def _logits(k_s, i_s, queries, zero):
+    """Starts the product of the keys of place ``i_s`` with queries, a tuple of pieces."""
+    PIECES: gl.constexpr = len(queries)
+    b_s = zero
+    for h in gl.static_range(PIECES):
+        b_k, b_q = k_s.index(i_s * PIECES + h), queries[h].permute((1, 0))
+        b_s = warpgroup_mma(b_k, b_q, b_s, use_acc=h > 0, is_async=True)
+    return b_s
 
 
 @gluon.jit
@@ -120,7 +138,7 @@ def _write_sums(
 def _pair(
     i_copy,
     more,
-    q_s,
+    queries,
     ring,
     b_s,
     zero,
@@ -141,14 +159,14 @@ def _pair(
     k_s, full, empty = ring
     BN: gl.constexpr = zero.shape[0]
     i_s = i_copy % STAGES
-    b_next = warpgroup_mma(k_s.index(i_s), q_s.permute((1, 0)), zero, use_acc=False, is_async=True)
+    b_next = _logits(k_s, i_s, queries, zero)
     _write_sums(b_s, first_key, rows, GP, BQ, S, W, MASKED)
     i_n = (i_copy + 1) % STAGES
     mbarrier.wait(full.index(i_n), ((i_copy + 1) // STAGES) & 1, pred=more)
     b_next = warpgroup_mma_wait(0, deps=(b_next,))
     mbarrier.arrive(empty.index(i_s), count=1)
     # After the last pair, the product of whatever is in the ring is not looked at.
-    b_s = warpgroup_mma(k_s.index(i_n), q_s.permute((1, 0)), zero, use_acc=False, is_async=True)
+    b_s = _logits(k_s, i_n, queries, zero)
     _write_sums(b_next, first_key - BN, rows, GP, BQ, S, W, MASKED)
     i_m = (i_copy + 2) % STAGES
     mbarrier.wait(full.index(i_m), ((i_copy + 2) // STAGES) & 1, pred=more)
@@ -185,13 +203,19 @@ def _consumer(
     q_ptr, lse_ptr, scale_log2 = inputs
     own_ptr, next_ptr, stride_row = out
     k_s, full, empty = ring
-    COLUMNS: gl.constexpr = BQ * GP
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DK, DK // 8], [4, 1], [1, 0])
-    zero = gl.zeros([BN, COLUMNS], gl.float32, s_layout)
-    o_d = gl.arange(0, DK, gl.SliceLayout(0, q_layout))
-    q_token, q_head = _row_of_column(gl.arange(0, COLUMNS, gl.SliceLayout(1, q_layout)), GP, BQ)
-    s_token, s_head = _row_of_column(gl.arange(0, COLUMNS, gl.SliceLayout(0, s_layout)), GP, BQ)
+    ROWS: gl.constexpr = BQ * GP
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    COLUMNS: gl.constexpr = q_s.shape[2]
+    PIECES: gl.constexpr = DK // COLUMNS
+    lanes: gl.constexpr = [256 // COLUMNS, COLUMNS // 8]
+    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], lanes, [4, 1], [1, 0])
+    zero = gl.zeros([BN, ROWS], gl.float32, s_layout)
+    o_d = gl.arange(0, COLUMNS, gl.SliceLayout(0, q_layout))
+    queries = ()
+    for h in gl.static_range(PIECES):
+        queries = queries + (q_s.index(HALF * PIECES + h),)
+    q_token, q_head = _row_of_column(gl.arange(0, ROWS, gl.SliceLayout(1, q_layout)), GP, BQ)
+    s_token, s_head = _row_of_column(gl.arange(0, ROWS, gl.SliceLayout(0, s_layout)), GP, BQ)
     i_copy = 0
     for i_flat in range(gl.program_id(0), num_tiles * K, gl.num_programs(0)):
         i_k, t_0, q_0, _, n_q, n_any, steps, masked = tile_steps(
@@ -201,10 +225,14 @@ def _consumer(
         t_0 += HALF * BQ
         p_row = (q_0 + t_0 + q_token) * H + i_k * G + q_head
         m_row = (t_0 + q_token < n_q) & (q_head < G)
-        b_q = gl.load(q_ptr + p_row[:, None] * DK + o_d[None, :], mask=m_row[:, None], other=0.0)
+        p_q = q_ptr + p_row[:, None] * DK + o_d[None, :]
+        loaded = ()
+        for h in gl.static_range(PIECES):
+            loaded = loaded + (gl.load(p_q + h * COLUMNS, mask=m_row[:, None], other=0.0),)
         # Every warp is done with the queries of the last tile.
         barrier()
-        q_s.store(b_q)
+        for h in gl.static_range(PIECES):
+            queries[h].store(loaded[h])
         fence_async_shared()
         barrier()
         b_visible = num_visible(tiles[5] + t_0 + s_token, BLOCK, STRIDE)
@@ -217,9 +245,7 @@ def _consumer(
         if total > 0:
             i_s = i_copy % STAGES
             mbarrier.wait(full.index(i_s), (i_copy // STAGES) & 1)
-            b_s = warpgroup_mma(
-                k_s.index(i_s), q_s.permute((1, 0)), zero, use_acc=False, is_async=True
-            )
+            b_s = _logits(k_s, i_s, queries, zero)
             i_n = (i_copy + 1) % STAGES
             mbarrier.wait(full.index(i_n), ((i_copy + 1) // STAGES) & 1)
             b_s = warpgroup_mma_wait(0, deps=(b_s,))
@@ -227,19 +253,23 @@ def _consumer(
             pairs = (total - (steps - masked) + 1) // 2
             for j in range(pairs):
                 b_s = _pair(
-                    i_copy + 1, 2 * j + 2 < total, q_s, ring, b_s, zero, (total - 1 - 2 * j) * BN,
-                    rows, GP, BQ, S, W, STAGES, True
+                    i_copy + 1, 2 * j + 2 < total, queries, ring, b_s, zero,
+                    (total - 1 - 2 * j) * BN, rows, GP, BQ, S, W, STAGES, True
                 )  # fmt: skip
                 i_copy += 2
             for j in range(pairs, total // 2):
                 b_s = _pair(
-                    i_copy + 1, 2 * j + 2 < total, q_s, ring, b_s, zero, (total - 1 - 2 * j) * BN,
-                    rows, GP, BQ, S, W, STAGES, False
+                    i_copy + 1, 2 * j + 2 < total, queries, ring, b_s, zero,
+                    (total - 1 - 2 * j) * BN, rows, GP, BQ, S, W, STAGES, False
                 )  # fmt: skip
                 i_copy += 2
 
 
-@gluon.jit
+@gluon.jit(
+    do_not_specialize=[
+        "first_tile", "num_tiles", "num_seqs", "T_q", "T_c", "q_offset", "stride_row"
+    ]
+)  # fmt: skip
 def hopper_scores_kernel(
     k_desc,
     q_ptr,
@@ -272,14 +302,16 @@ def hopper_scores_kernel(
     """Grid: programs that share ``num_tiles * K`` tiles of ``BM / GP`` tokens.
 
     ``own``, ``next``: fp32 ``[num_tiles * BM / GP, K, stride_row]``. Descriptor: ``k [slots,
-    K * DK]`` by ``[BN, DK]``; ``SELECT / STRIDE`` keys a block are a power of two, ``BN`` at most.
+    K * DK]`` by ``[BN, COLUMNS]``, pieces of a head dim that is no power of two. ``SELECT /
+    STRIDE`` keys a block are a power of two, ``BN`` at most.
     """
     S: gl.constexpr = SELECT // STRIDE
     W: gl.constexpr = BLOCK // STRIDE
     BQ: gl.constexpr = BM // 2 // GP
-    q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM // 2, DK], k_desc.dtype)
-    q_s = gl.allocate_shared_memory(k_desc.dtype, [2, BM // 2, DK], q_shared)
-    k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BN, DK], k_desc.layout)
+    COLUMNS: gl.constexpr = k_desc.block_shape[1]
+    PIECES: gl.constexpr = DK // COLUMNS
+    q_s = gl.allocate_shared_memory(k_desc.dtype, [2 * PIECES, BM // 2, COLUMNS], k_desc.layout)
+    k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES * PIECES, BN, COLUMNS], k_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -296,11 +328,11 @@ def hopper_scores_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                tiles, turns, inputs, out, q_s.index(0), ring, 0, H, K, G, GP, DK, BQ, BN, BLOCK,
+                tiles, turns, inputs, out, q_s, ring, 0, H, K, G, GP, DK, BQ, BN, BLOCK,
                 STRIDE, S, W, STAGES, PACKED
             )),
             (_consumer, (
-                tiles, turns, inputs, out, q_s.index(1), ring, 1, H, K, G, GP, DK, BQ, BN, BLOCK,
+                tiles, turns, inputs, out, q_s, ring, 1, H, K, G, GP, DK, BQ, BN, BLOCK,
                 STRIDE, S, W, STAGES, PACKED
             )),
             (_producer, (

@@ -279,36 +279,58 @@ def selected_dkv_kernel(
 
 @triton.jit
 def sum_parts_kernel(
-    parts_ptr,
-    out_ptr,
+    parts_k_ptr,
+    parts_v_ptr,
+    dk_ptr,
+    dv_ptr,
     part_offsets_ptr,
     first_key_ptr,
     num_keys_ptr,
     num_blocks,
     SUMS: tl.constexpr,
     K: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DKP: tl.constexpr,
+    DVP: tl.constexpr,
     SELECT: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Grid (blocks, K, SELECT / BN).
 
-    Adds the parts of a block in order, ``SUMS`` of them each, and writes its keys' gradient.
+    Adds the parts of a block in order, ``SUMS`` of them each, and writes its keys' gradients.
     """
     i_block = tl.program_id(0)
     i_k = tl.program_id(1)
     i_list = i_k * num_blocks + i_block
     o_n = tl.program_id(2) * BN + tl.arange(0, BN)
-    o_d = tl.arange(0, DP)
-    m_d = (o_d < D)[None, :]
-    key_0 = tl.load(first_key_ptr + i_block)
-    m_n = (o_n < tl.load(num_keys_ptr + i_block))[:, None]
-    b_sum = tl.zeros([BN, DP], tl.float32)
+    row = (tl.load(first_key_ptr + i_block) + o_n) * K + i_k
+    m_n = o_n < tl.load(num_keys_ptr + i_block)
     first = tl.load(part_offsets_ptr + i_list) * SUMS
     last = tl.load(part_offsets_ptr + i_list + 1) * SUMS
+    _sum_parts(parts_k_ptr, dk_ptr, first, last, o_n, row, m_n, DK, DKP, SELECT, BN)
+    _sum_parts(parts_v_ptr, dv_ptr, first, last, o_n, row, m_n, DV, DVP, SELECT, BN)
+
+
+@triton.jit
+def _sum_parts(
+    parts_ptr,
+    out_ptr,
+    first,
+    last,
+    o_n,
+    row,
+    m_n,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SELECT: tl.constexpr,
+    BN: tl.constexpr,
+):
+    o_d = tl.arange(0, DP)
+    m_out = m_n[:, None] & (o_d < D)[None, :]
+    b_sum = tl.zeros([BN, DP], tl.float32)
     for part in range(first, last):
         p_part = (part * SELECT + o_n.to(tl.int64))[:, None] * D + o_d[None, :]
-        b_sum += tl.load(parts_ptr + p_part, mask=m_n & m_d, other=0.0)
-    p_out = out_ptr + ((key_0 + o_n) * K + i_k)[:, None] * D + o_d[None, :]
-    tl.store(p_out, b_sum.to(out_ptr.dtype.element_ty), mask=m_n & m_d)
+        b_sum += tl.load(parts_ptr + p_part, mask=m_out, other=0.0)
+    p_out = out_ptr + row[:, None] * D + o_d[None, :]
+    tl.store(p_out, b_sum.to(out_ptr.dtype.element_ty), mask=m_out)

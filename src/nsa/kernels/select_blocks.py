@@ -27,7 +27,7 @@ def _sum_heads(b_p, BN: tl.constexpr, BQ: tl.constexpr, GP: tl.constexpr):
         return tl.sum(tl.reshape(b_p, [BN, BQ, GP]), 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_seqs", "T_q", "T_c", "q_offset"])
 def block_scores_kernel(
     q_ptr,
     k_ptr,
@@ -125,7 +125,7 @@ def block_scores_kernel(
         tl.store(next_ptr + p_out + c // S, tl.trans(tl.sum(b_p * w_next, 1)), mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_seqs", "T_q", "q_offset"])
 def top_blocks_kernel(
     own_ptr,
     next_ptr,
@@ -144,12 +144,12 @@ def top_blocks_kernel(
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
     SELECT: tl.constexpr,
+    NP: tl.constexpr,
     BQ: tl.constexpr,
-    R: tl.constexpr,
     NBP: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Grid (query tiles of the chunk * BQ / R, K): ``indices [T, K, N]``, ascending.
+    """Grid (queries of the chunk's tiles, K): ``indices [T, K, N]``, ascending.
 
     Unused slots are not written: they must hold -1 before.
 
@@ -158,46 +158,61 @@ def top_blocks_kernel(
     """
     S: tl.constexpr = SELECT // STRIDE
     i_k = tl.program_id(1)
-    i_local = tl.program_id(0) // (BQ // R)
+    i_local = tl.program_id(0) // BQ
     t_0, q_0, _, _, n_q = locate_tile(
         first_tile + i_local, cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_q, 0, BQ, 1, PACKED
     )
-    o_r = tl.program_id(0) % (BQ // R) * R + tl.arange(0, R)
-    o_t = t_0 + o_r
-    m_r = o_t < n_q
-    position = q_offset + o_t
-    n_scored = tl.cdiv(num_visible(position, BLOCK, STRIDE), S)
+    t = t_0 + tl.program_id(0) % BQ
+    if t >= n_q:
+        return
+    n_scored = tl.cdiv(num_visible(q_offset + t, BLOCK, STRIDE), S)
+    own_block = (q_offset + t) // SELECT
     o_j = tl.arange(0, NBP)
-    p_in = ((i_local.to(tl.int64) * BQ + o_r) * K + i_k)[:, None] * stride_row + o_j[None, :]
-    m_in = m_r[:, None] & (o_j[None, :] < n_scored[:, None])
-    m_before = m_r[:, None] & (o_j[None, :] >= 1) & (o_j[None, :] - 1 < n_scored[:, None])
-    b_score = tl.load(own_ptr + p_in, mask=m_in, other=0.0)
-    b_score += tl.load(next_ptr + p_in - 1, mask=m_before, other=0.0)
-    b_key = b_score.to(tl.int32, bitcast=True)  # [R, NBP]
-    own_block = position // SELECT
-    m_forced = (o_j < NUM_INIT)[None, :] | (o_j[None, :] > own_block[:, None] - NUM_LOCAL)
-    b_key = tl.where(m_forced, 0x7F800000, b_key)
-    b_key = tl.where(o_j[None, :] > own_block[:, None], -1, b_key)
-    b_cut = tl.zeros([R], tl.int32)
+    # There is room around the rows, so whole vectors are read and masks come after.
+    p_in = (tl.program_id(0).to(tl.int64) * K + i_k) * stride_row + o_j
+    b_own = tl.load(own_ptr + p_in)
+    b_next = tl.load(next_ptr + p_in - 1)
+    b_key = tl.where(o_j < n_scored, b_own, 0.0) + tl.where(
+        (o_j > 0) & (o_j <= n_scored), b_next, 0.0
+    )
+    b_key = b_key.to(tl.int32, bitcast=True)
+    b_key = tl.where((o_j < NUM_INIT) | (o_j > own_block - NUM_LOCAL), 0x7F800000, b_key)
+    b_key = tl.where(o_j > own_block, -1, b_key)
+    b_cut = 0
     bit = 1 << 30
-    unsettled = 1
-    while (bit > 0) & (unsettled > 0):
+    while bit > 0:
         b_try = b_cut | bit
-        b_count = tl.sum((b_key >= b_try[:, None]).to(tl.int32), 1)
-        b_cut = tl.where(b_count >= N, b_try, b_cut)
-        # A cut that leaves exactly N settles the row.
-        unsettled = tl.max(tl.where(b_count == N, 0, 1), 0) if R == 1 else 1
-        bit = bit >> 1
-    m_above = b_key > b_cut[:, None]
-    m_equal = b_key == b_cut[:, None]
-    room = N - tl.sum(m_above.to(tl.int32), 1)
-    m_take = m_above | (m_equal & (tl.cumsum(m_equal.to(tl.int32), 1) <= room[:, None]))
-    o_slot = tl.cumsum(m_take.to(tl.int32), 1) - 1
-    p_out = indices_ptr + ((q_0 + o_t) * K + i_k)[:, None] * N + o_slot
-    tl.store(p_out, tl.zeros([R, NBP], tl.int32) + o_j[None, :], mask=m_take & m_r[:, None])
+        # The sign of the difference is -1 for every smaller key.
+        count = NBP + tl.sum((b_key - b_try) >> 31, 0)
+        b_cut = tl.where(count >= N, b_try, b_cut)
+        # A cut that leaves exactly N settles it.
+        bit = tl.where(count == N, 0, bit >> 1)
+    m_take = b_key >= b_cut
+    if NBP + tl.sum((b_key - b_cut) >> 31, 0) > N:
+        # Among equals, the lowest.
+        m_above = b_key > b_cut
+        room = N - tl.sum(m_above.to(tl.int32), 0)
+        m_equal = b_key == b_cut
+        m_take = m_above | (m_equal & (tl.cumsum(m_equal.to(tl.int32), 0) <= room))
+    # Entry ``n`` is the n-th bit that is set, in words of 32: first its word, then its bit.
+    o_n = tl.arange(0, NP)
+    o_c = tl.arange(0, 32)
+    b_take = tl.reshape(m_take & (b_key >= 0), [NBP // 32, 32]).to(tl.int32)
+    b_word = tl.sum(b_take << o_c[None, :], 1)
+    b_num = tl.sum(b_take, 1)
+    b_until = tl.cumsum(b_num, 0)
+    i_word = tl.minimum(tl.sum((b_until[:, None] <= o_n[None, :]).to(tl.int32), 0), NBP // 32 - 1)
+    b_bits = (tl.gather(b_word, i_word, 0)[:, None] >> o_c[None, :]) & 1
+    b_rank = o_n - tl.gather(b_until - b_num, i_word, 0)
+    i_bit = tl.sum((tl.cumsum(b_bits, 1) <= b_rank[:, None]).to(tl.int32), 1)
+    tl.store(
+        indices_ptr + ((q_0 + t) * K + i_k) * N + o_n,
+        i_word * 32 + i_bit,
+        mask=(o_n < N) & (o_n < tl.sum(b_num, 0)),
+    )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "T_q"])
 def union_blocks_kernel(
     indices_ptr,
     blocks_ptr,

@@ -83,7 +83,10 @@ def custom_op(name: str) -> Callable[[Callable], Any]:
     def register(function: Callable) -> Any:
         @functools.wraps(function)
         def run(first: Tensor, *others: object) -> object:
-            with torch.autocast(first.device.type, enabled=False):
+            device = first.device.type
+            if not torch.is_autocast_enabled(device):
+                return function(first, *others)
+            with torch.autocast(device, enabled=False):
                 return function(first, *others)
 
         return torch.library.custom_op(name, run, mutates_args=())

@@ -73,21 +73,11 @@ def compress_kv(
         raise ValueError(
             f"v: expected {list(k.shape[:-1])} + [dim] like k, got {checks.describe(v)}."
         )
-    outputs = []
     for x, phi, side in ((k, phi_k, "phi_k"), (v, phi_v, "phi_v")):
         _check_weights(x, phi, side, kind, compress_block_size)
-        outputs.append(
-            compress_fwd(
-                x,
-                *phi,
-                cu_seqlens,
-                kind,
-                compress_block_size,
-                compress_stride,
-                resolve_backend(x, backend),
-            )
-        )
-    return outputs[0], outputs[1]
+        backend = resolve_backend(x, backend)
+    sizes = (compress_block_size, compress_stride)
+    return compress_kv_fwd(k, v, *phi_k, *phi_v, cu_seqlens, kind, *sizes, backend)
 
 
 def _check_weights(x: Tensor, phi: CompressorWeights, side: str, kind: str, block: int) -> None:
@@ -113,84 +103,91 @@ def _check_weights(x: Tensor, phi: CompressorWeights, side: str, kind: str, bloc
             )
 
 
-@custom_op("nsa::compress_fwd")
-def compress_fwd(
-    x: Tensor,
-    pe: Tensor | None,
-    w1: Tensor | None,
-    w2: Tensor | None,
+# One op for both: an op with a gradient costs the host as much as a launch.
+@custom_op("nsa::compress_kv_fwd")
+def compress_kv_fwd(
+    k: Tensor,
+    v: Tensor,
+    pe_k: Tensor | None,
+    w1_k: Tensor | None,
+    w2_k: Tensor | None,
+    pe_v: Tensor | None,
+    w1_v: Tensor | None,
+    w2_v: Tensor | None,
     cu_seqlens: Tensor | None,
     kind: str,
     compress_block_size: int,
     compress_stride: int,
     backend: str,
-) -> Tensor:
-    """Compressed blocks of one tensor."""
-    return implementation(backend).compress_fwd(
-        x,
-        pe,
-        w1,
-        w2,
-        cu_seqlens=cu_seqlens,
-        kind=kind,
-        compress_block_size=compress_block_size,
-        compress_stride=compress_stride,
-    )
+) -> tuple[Tensor, Tensor]:
+    """Compressed blocks of keys and values."""
+    options = _options(cu_seqlens, kind, compress_block_size, compress_stride)
+    compress = implementation(backend).compress_fwd
+    return compress(k, pe_k, w1_k, w2_k, **options), compress(v, pe_v, w1_v, w2_v, **options)
 
 
-@compress_fwd.register_fake
-def _(x, pe, w1, w2, cu_seqlens, kind, compress_block_size, compress_stride, backend):
+def _options(cu_seqlens: Tensor | None, kind: str, block: int, stride: int) -> dict:
+    return {
+        "cu_seqlens": cu_seqlens,
+        "kind": kind,
+        "compress_block_size": block,
+        "compress_stride": stride,
+    }
+
+
+@compress_kv_fwd.register_fake
+def _(k, v, *others):
+    cu_seqlens, _, block, stride, _ = others[-5:]
     if cu_seqlens is not None:
-        return x.new_empty(x.shape[0] // compress_stride, *x.shape[1:])
-    seq = x.shape[1]
-    blocks = 0 if seq < compress_block_size else (seq - compress_block_size) // compress_stride + 1
-    return x.new_empty(x.shape[0], blocks, *x.shape[2:])
+        lead = (k.shape[0] // stride,)
+    else:
+        seq = k.shape[1]
+        lead = (k.shape[0], 0 if seq < block else (seq - block) // stride + 1)
+    return k.new_empty(*lead, *k.shape[-2:]), v.new_empty(*lead, *v.shape[-2:])
 
 
-@custom_op("nsa::compress_bwd")
-def compress_bwd(
-    dout: Tensor,
-    x: Tensor,
-    pe: Tensor | None,
-    w1: Tensor | None,
-    w2: Tensor | None,
+@custom_op("nsa::compress_kv_bwd")
+def compress_kv_bwd(
+    dk_cmp: Tensor,
+    dv_cmp: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pe_k: Tensor | None,
+    w1_k: Tensor | None,
+    w2_k: Tensor | None,
+    pe_v: Tensor | None,
+    w1_v: Tensor | None,
+    w2_v: Tensor | None,
     cu_seqlens: Tensor | None,
     kind: str,
     compress_block_size: int,
     compress_stride: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(dx, dpe, dw1, dw2)``; an empty tensor for each weight that is None."""
-    return implementation(backend).compress_bwd(
-        dout,
-        x,
-        pe,
-        w1,
-        w2,
-        cu_seqlens=cu_seqlens,
-        kind=kind,
-        compress_block_size=compress_block_size,
-        compress_stride=compress_stride,
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the eight tensors; an empty tensor for each weight that is None."""
+    options = _options(cu_seqlens, kind, compress_block_size, compress_stride)
+    gradients = implementation(backend).compress_bwd
+    dk, *dphi_k = gradients(dk_cmp, k, pe_k, w1_k, w2_k, **options)
+    dv, *dphi_v = gradients(dv_cmp, v, pe_v, w1_v, w2_v, **options)
+    return dk, dv, *dphi_k, *dphi_v
 
 
-@compress_bwd.register_fake
-def _(dout, x, pe, w1, w2, cu_seqlens, kind, compress_block_size, compress_stride, backend):
-    return tuple(x.new_empty(0 if like is None else like.shape) for like in (x, pe, w1, w2))
+@compress_kv_bwd.register_fake
+def _(dk_cmp, dv_cmp, *others):
+    k, tensors = others[0], others[:8]
+    return tuple(k.new_empty(0 if like is None else like.shape) for like in tensors)
 
 
 def _setup_context(ctx, inputs, output):
-    x, pe, w1, w2, cu_seqlens, *ctx.constants = inputs
-    ctx.save_for_backward(x, pe, w1, w2, cu_seqlens)
+    ctx.constants = inputs[9:]
+    ctx.save_for_backward(*inputs[:9])
 
 
-def _backward(ctx, dout):
-    x, pe, w1, w2, cu_seqlens = ctx.saved_tensors
-    grads = compress_bwd(dout, x, pe, w1, w2, cu_seqlens, *ctx.constants)
-    given = [
-        None if like is None else grad for like, grad in zip((x, pe, w1, w2), grads, strict=True)
-    ]
+def _backward(ctx, dk_cmp, dv_cmp):
+    *tensors, cu_seqlens = ctx.saved_tensors
+    grads = compress_kv_bwd(dk_cmp, dv_cmp, *tensors, cu_seqlens, *ctx.constants)
+    given = [None if like is None else grad for like, grad in zip(tensors, grads, strict=True)]
     return *given, *[None] * (1 + len(ctx.constants))
 
 
-compress_fwd.register_autograd(_backward, setup_context=_setup_context)
+compress_kv_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
-
 import torch
 from torch import Tensor
 
@@ -89,7 +87,8 @@ def nsa_attention(
     return nsa_attention_fwd(
         *tensors,
         cu_seqlens,
-        list(astuple(config)),
+        # Not astuple, which copies every number deeply.
+        [getattr(config, name) for name in NSAConfig.__dataclass_fields__],
         checks.scale(softmax_scale, q.shape[-1]),
         q_offset,
         keep,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import astuple
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -107,4 +108,9 @@ def _(q, k_cmp, lse, cu_seqlens, geometry, softmax_scale, q_offset, backend):
 
 def config_from(geometry: list[int]) -> NSAConfig:
     """Undoes ``astuple(config)``: op schemas carry lists of ints, not dataclasses."""
+    return _config(*geometry)
+
+
+@cache
+def _config(*geometry: int) -> NSAConfig:
     return NSAConfig(**dict(zip(NSAConfig.__dataclass_fields__, geometry, strict=True)))

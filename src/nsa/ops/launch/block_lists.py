@@ -33,14 +33,13 @@ def block_table(k: Tensor, q: Tensor, cu_seqlens: Tensor | None, size: int) -> B
     if cu_seqlens is None:
         batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
         per_seq = ceil_div(num_keys, size)
-        numbers = torch.arange(batch * per_seq, device=device)
-        seq, start = numbers // per_seq, numbers % per_seq * size
-        first_key = seq * num_keys + start
-        count = (num_keys - start).clamp(max=size)
-        of_query = (torch.arange(batch, device=device) * per_seq).repeat_interleave(num_queries)
-        return BlockTable(
-            batch * per_seq, torch.stack((first_key, start)), count, seq * num_queries, of_query
-        )
+        start = torch.arange(0, per_seq * size, size, device=device)
+        seq = torch.arange(batch, device=device)[:, None]
+        first_key = torch.stack((start + seq * num_keys, start.expand(batch, -1)))
+        count = (num_keys - start).clamp_(max=size).repeat(batch)
+        first_query = (seq * num_queries).expand(-1, per_seq).contiguous()
+        of_query = (seq * per_seq).expand(-1, num_queries).reshape(-1)
+        return BlockTable(batch * per_seq, first_key, count, first_query, of_query)
     bounds = cu_seqlens.long()
     num_seqs = bounds.shape[0] - 1
     first_number = bounds[:-1] // size + torch.arange(num_seqs, device=device)
@@ -58,13 +57,12 @@ def block_table(k: Tensor, q: Tensor, cu_seqlens: Tensor | None, size: int) -> B
 
 def invert(block_indices: Tensor, blocks: BlockTable, num_kv_heads: int) -> tuple[Tensor, Tensor]:
     """Query rows that chose each (kv head, block), ascending, and where each list starts (CSR)."""
-    chosen = block_indices.view(-1, num_kv_heads, block_indices.shape[-1]).long()
-    head = torch.arange(num_kv_heads, device=chosen.device)[None, :, None] * blocks.num_blocks
+    n = block_indices.shape[-1]
     num_lists = num_kv_heads * blocks.num_blocks
-    lists = torch.where(chosen < 0, num_lists, chosen + blocks.of_query[:, None, None] + head)
-    ranked, order = torch.sort(lists.int().view(-1), stable=True)
-    entries = (order // (num_kv_heads * block_indices.shape[-1])).int()
-    offsets = torch.searchsorted(
-        ranked, torch.arange(num_lists + 1, device=chosen.device, dtype=torch.int32)
-    )
-    return entries, offsets
+    lists = torch.arange(num_lists + 1, device=block_indices.device, dtype=torch.int32)
+    first = (blocks.of_query[:, None] + lists[: -1 : blocks.num_blocks])[..., None]
+    chosen = block_indices.view(-1, num_kv_heads, n)
+    chosen = torch.where(chosen < 0, num_lists, chosen + first.int())
+    ranked, order = torch.sort(chosen.view(-1), stable=True)
+    entries = (order // (num_kv_heads * n)).int()
+    return entries, torch.searchsorted(ranked, lists)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from nsa.kernels.compress_kv import (
     gated_bwd_kernel,
     gated_fwd_kernel,
     hidden_kernel,
-    locate_spans_kernel,
+    locate_slots_kernel,
     mean_kernel,
     token_gradients_kernel,
     weight_gradients_kernel,
@@ -32,7 +33,8 @@ def compress_fwd(
 ) -> Tensor:
     """Compressed blocks of ``x``; like ``nsa.reference.compress_fwd``."""
     x, pe, w1, w2 = _contiguous(x, pe, w1, w2)
-    blocks = _Spans.of(x, cu_seqlens, compress_block_size, compress_block_size, compress_stride)
+    table = _slots(x, cu_seqlens, compress_stride)
+    blocks = _Spans.of(x, table, compress_block_size, compress_block_size, compress_stride)
     out = x.new_empty(*blocks.shape, *x.shape[-2:])
     if out.numel() == 0:
         return out
@@ -42,15 +44,15 @@ def compress_fwd(
     assert pe is not None, f"kind {kind!r} needs pe"
     assert w1 is not None, f"kind {kind!r} needs w1"
     if kind == "linear":
-        _hidden(x, pe, w1, blocks, out)
+        _hidden(x, w1, _bias(pe.flatten(1), w1), blocks, out)
     elif kind == "gated":
         _gated_fwd(x, pe, w1, blocks, out)
     else:
         assert kind == "mlp", f"unknown kind {kind!r}"
         assert w2 is not None, "kind 'mlp' needs w2"
         act = x.new_empty(*out.shape[:-1], w1.shape[0])
-        _hidden(x, pe, w1, blocks, act, silu=True)
-        _mean(x, blocks, out, (pe, act, w2))
+        _hidden(x, w1, _bias(pe.flatten(1), w1), blocks, act, silu=True)
+        _mean(x, blocks, out, (pe.mean(1, dtype=torch.float32), act, w2))
     return out
 
 
@@ -69,86 +71,117 @@ def compress_bwd(
     """Gradients of x, pe, w1 and w2; an empty tensor for each input that is None."""
     x, pe, w1, w2 = _contiguous(x, pe, w1, w2)
     size, stride = compress_block_size, compress_stride
-    blocks = _Spans.of(x, cu_seqlens, size, size, stride)
-    pieces = _Spans.of(x, cu_seqlens, stride, size, stride)
-    given = [x.new_zeros(0 if like is None else like.shape) for like in (pe, w1, w2)]
+    table = _slots(x, cu_seqlens, stride)
+    blocks = _Spans.of(x, table, size, size, stride)
+    pieces = _Spans.of(x, table, stride, size, stride)
     if blocks.num * x[..., 0, :].numel() == 0:
-        return torch.zeros_like(x), given[0], given[1], given[2]
+        dx, dpe, dw1, dw2 = (
+            _none(x) if w is None else torch.zeros_like(w) for w in (x, pe, w1, w2)
+        )
+        return dx, dpe, dw1, dw2
     dout = dout.contiguous()
     if cu_seqlens is not None:
         # Whatever came for the slots no sequence fills must not reach a sum.
-        dout = torch.where((blocks.table[0] >= 0).view(-1, 1, 1), dout, 0)
+        dout = torch.where((table[2] >= size).view(-1, 1, 1), dout, 0)
     if kind == "mean":
         # Without a product this only moves memory: small tiles keep more of it in flight.
         dx = _token_gradients(x, blocks, pieces, dout=dout, BM=32)
-        return dx, given[0], given[1], given[2]
+        return dx, _none(x), _none(x), _none(x)
     assert pe is not None, f"kind {kind!r} needs pe"
     assert w1 is not None, f"kind {kind!r} needs w1"
     if kind == "gated":
-        return *_gated_bwd(dout, x, pe, w1, blocks, pieces), given[2]
+        return *_gated_bwd(dout, x, pe, w1, blocks, pieces), _none(x)
+    exact = w1.float()
     if kind == "linear":
         dx = _token_gradients(x, blocks, pieces, dhidden=dout, w1=w1)
-        return dx, *_position_gradients(dout, x, pe, w1, blocks), given[2]
+        return dx, *_position_gradients(dout, x, pe, exact, blocks), _none(x)
     assert kind == "mlp", f"unknown kind {kind!r}"
     assert w2 is not None, "kind 'mlp' needs w2"
-    act = x.new_empty(*dout.shape[:-1], w1.shape[0])
-    dhidden = torch.empty_like(act)
+    act, dhidden = x.new_empty(2, *dout.shape[:-1], w1.shape[0])
+    bias = _bias(pe.flatten(1), exact)
     # Two accumulators instead of one: tiles of half the height keep them in registers.
-    _hidden(x, pe, w1, blocks, act, silu=True, gradient=(dout, w2, dhidden), BM=64)
+    _hidden(x, w1, bias, blocks, act, silu=True, gradient=(dout, w2, dhidden), BM=64)
     dx = _token_gradients(x, blocks, pieces, dhidden=dhidden, w1=w1, dout=dout)
-    dpe, dw1 = _position_gradients(dhidden, x, pe, w1, blocks, dout)
-    return dx, dpe, dw1, _weight_gradients(dout, act, blocks).to(w2.dtype)
+    dpe, dw1 = _position_gradients(dhidden, x, pe, exact, blocks, dout)
+    # A plain product, which the host starts faster than a kernel and the sum of its parts.
+    return dx, dpe, dw1, dout.flatten(0, -2).mT @ act.flatten(0, -2)
+
+
+def _none(x: Tensor) -> Tensor:
+    """What stands for the gradient of an input that is None."""
+    return x.new_empty(0)
 
 
 @dataclass(frozen=True)
 class _Spans:
-    """Spans of tokens, one every ``stride``, in the layout of compressed blocks.
+    """Spans of ``size`` tokens, one every ``stride``, in the layout of compressed blocks.
 
-    ``table``: see ``nsa.kernels.compress_kv``. ``shape``: leading axes of a tensor with one entry a
-    span. ``per_seq``: spans of a sequence of a batch, ``num`` where packed, as if there were one.
+    ``table``: see ``nsa.kernels.compress_kv``; in a batch any tensor, and never read. ``shape``:
+    leading axes of a tensor with one entry a span. ``seq``: tokens of a sequence of a batch.
     """
 
     table: Tensor
+    packed: bool
     shape: tuple[int, ...]
-    num: int
-    per_seq: int
+    seq: int
+    size: int
     block: int
     stride: int
 
     @classmethod
-    def of(
-        cls, x: Tensor, cu_seqlens: Tensor | None, size: int, block: int, stride: int, BN=256
-    ) -> _Spans:
-        """Spans of ``size`` tokens of ``x [B, T, K, D]``, or packed, in blocks of ``block``."""
-        seq = x.shape[-3]
-        if cu_seqlens is None:
-            per_seq = 0 if seq < size else (seq - size) // stride + 1
-            shape: tuple[int, ...] = (x.shape[0], per_seq)
-        else:
-            per_seq = seq // stride
-            shape = (per_seq,)
-        num = shape[0] * per_seq if cu_seqlens is None else per_seq
-        num_seqs = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        table = torch.empty(3, num, dtype=torch.int64, device=x.device)
-        if num:
-            launch(
-                locate_spans_kernel,
-                (ceil_div(num, BN),),
-                table_ptr=table,
-                cu_seqlens_ptr=table if cu_seqlens is None else cu_seqlens,
-                num_seqs=num_seqs,
-                search_steps=num_seqs.bit_length(),
-                num=num,
-                T=seq,
-                per_seq=per_seq,
-                SIZE=size,
-                BLOCK=block,
-                STRIDE=stride,
-                BN=BN,
-                PACKED=cu_seqlens is not None,
-                num_warps=4,
-            )
-        return cls(table, shape, num, per_seq, block, stride)
+    def of(cls, x: Tensor, table: Tensor, size: int, block: int, stride: int) -> _Spans:
+        """Spans of ``x [B, T, K, D]``, or packed, in blocks of ``block``."""
+        seq, packed = x.shape[-3], x.dim() == 3
+        per_seq = max(0, seq - size + stride) // stride
+        shape = (seq // stride,) if packed else (x.shape[0], per_seq)
+        return cls(table, packed, shape, seq, size, block, stride)
+
+    @property
+    def num(self) -> int:
+        """Spans of all sequences; packed, slots."""
+        return prod(self.shape)
+
+    @property
+    def per_seq(self) -> int:
+        """Spans of a sequence of a batch; packed, all slots, as if there were one."""
+        return self.shape[-1]
+
+    def arguments(self) -> dict:
+        """Kernel arguments that locate a span."""
+        return {
+            "table_ptr": self.table,
+            "num": self.num,
+            "T": self.seq,
+            "per_seq": self.per_seq,
+            "STRIDE": self.stride,
+            "PACKED": self.packed,
+        }
+
+
+def _slots(x: Tensor, cu_seqlens: Tensor | None, stride: int, BN=256) -> Tensor:
+    """The table of packed sequences, see ``nsa.kernels.compress_kv``; ``x`` for a batch."""
+    num = x.shape[-3] // stride
+    if cu_seqlens is None or num == 0:
+        return x
+    table = torch.empty(3, num, dtype=torch.int64, device=x.device)
+    num_seqs = cu_seqlens.shape[0] - 1
+    launch(
+        locate_slots_kernel,
+        (ceil_div(num, BN),),
+        table_ptr=table,
+        cu_seqlens_ptr=cu_seqlens,
+        num_seqs=num_seqs,
+        search_steps=num_seqs.bit_length(),
+        num=num,
+        STRIDE=stride,
+        BN=BN,
+    )
+    return table
+
+
+def _bias(pe: Tensor, w1: Tensor) -> Tensor:
+    """What positions add to a product with W1, fp32."""
+    return pe.float() @ w1.float().mT
 
 
 def _contiguous(x: Tensor, *weights: Tensor | None) -> list:
@@ -182,8 +215,8 @@ def _height(x: Tensor, rows: int) -> int:
 
 def _hidden(
     x: Tensor,
-    pe: Tensor,
     w1: Tensor,
+    bias: Tensor,
     blocks: _Spans,
     out: Tensor,
     *,
@@ -203,13 +236,12 @@ def _hidden(
         (ceil_div(blocks.num * K, BM), ceil_div(F, BF)),
         x_ptr=x,
         w1_ptr=w1,
-        bias_ptr=pe.float().flatten(1) @ w1.float().mT,
-        table_ptr=blocks.table,
+        bias_ptr=bias,
+        **blocks.arguments(),
         out_ptr=out,
         dout_ptr=dout,
         w2_ptr=w2,
         dhidden_ptr=dhidden,
-        num=blocks.num,
         K=K,
         D=D,
         F=F,
@@ -232,21 +264,20 @@ def _mean(
     BM=16,
     num_warps=4,
 ) -> None:
-    """Fills ``out`` with means; ``mlp = (pe, act, w2)`` adds positions and ``W2 act``."""
+    """Fills ``out`` with means; ``mlp = (pe_mean, act, w2)`` adds positions and ``W2 act``."""
     K, D = x.shape[-2:]
-    pe, act, w2 = mlp or (x, x, x)
+    pe_mean, act, w2 = mlp or (x, x, x)
     F = act.shape[-1]
     BC = _width(D, x)
     launch(
         mean_kernel,
         (ceil_div(blocks.num * K, BM), ceil_div(D, BC)),
         x_ptr=x,
-        pe_mean_ptr=pe.float().mean(1) if mlp else x,
+        pe_mean_ptr=pe_mean,
         act_ptr=act,
         w2_ptr=w2,
-        table_ptr=blocks.table,
+        **blocks.arguments(),
         out_ptr=out,
-        num=blocks.num,
         K=K,
         D=D,
         F=F,
@@ -275,24 +306,23 @@ def _token_gradients(
     K, D = x.shape[-2:]
     F = 1 if w1 is None else w1.shape[0]
     BM, BC = _height(x, BM), _width(D, x)
-    dx = torch.zeros_like(x)  # tokens past the last piece of their sequence are in no block
+    # Tokens past the last piece of their sequence are in no block.
+    full = not pieces.packed and pieces.seq % pieces.stride == 0
+    dx = torch.empty_like(x) if full else torch.zeros_like(x)
     launch(
         token_gradients_kernel,
         (ceil_div(pieces.num * K, BM), blocks.stride * ceil_div(D, BC)),
         dhidden_ptr=x if dhidden is None else dhidden,
         w1_ptr=x if w1 is None else w1,
         dout_ptr=x if dout is None else dout,
-        table_ptr=pieces.table,
+        **pieces.arguments(),
         dx_ptr=dx,
-        num=pieces.num,
-        per_seq=pieces.per_seq,
         gap=pieces.per_seq - blocks.per_seq,
         scale=1.0 / blocks.block,
         K=K,
         D=D,
         F=F,
         BLOCK=blocks.block,
-        STRIDE=blocks.stride,
         BM=BM,
         BC=BC,
         BK=_step(F, x),
@@ -312,39 +342,43 @@ def _position_gradients(
     blocks: _Spans,
     dout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``dpe`` and ``dw1`` of a product with flattened blocks; ``dout`` through the mean."""
+    """``dpe`` and ``dw1`` of a product with flattened blocks; ``dout`` through the mean.
+
+    ``w1`` in fp32.
+    """
     sums = _sum_blocks(dhidden)  # [K, F]
-    dpe = (sums @ w1.float()).view(pe.shape)
+    dpe = (sums @ w1).view(pe.shape)
     if dout is not None:
-        dpe += _sum_blocks(dout).unsqueeze(1) / blocks.block
-    dw1 = _weight_gradients(dhidden, x, blocks, of_blocks=True)
-    dw1 += sums.mT @ pe.float().flatten(1)
-    return dpe.to(pe.dtype), dw1.to(w1.dtype)
+        dpe = dpe.add_(_sum_blocks(dout).unsqueeze(1), alpha=1 / blocks.block)
+    return dpe.to(pe.dtype), _weight_gradients(dhidden, x, blocks, (sums, pe))
 
 
 def _sum_blocks(x: Tensor) -> Tensor:
     """``[..., K, C] -> [K, C]``, fp32."""
-    return x.flatten(0, -3).sum(0, dtype=torch.float32)
+    return x.sum(tuple(range(x.dim() - 2)), dtype=torch.float32)
 
 
 def _weight_gradients(
     g: Tensor,
     x: Tensor,
     spans: _Spans,
-    *,
-    of_blocks: bool = False,
+    positions: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
     BM=64,
     num_warps=8,
     num_stages=3,
 ) -> Tensor:
-    """``sum g^T x`` over rows, fp32 ``[F, C]``; ``of_blocks``: x are the flattened blocks.
+    """``sum g^T x [F, C]`` over rows, in ``dtype`` or that of ``x``.
+
+    With ``positions = (sums of g, pe)``, ``x`` are the flattened blocks with positions.
 
     Enough parts to fill the device, none below a few hundred rows: memory does not grow with the
     length.
     """
     K, D = x.shape[-2:]
     F = g.shape[-1]
-    size = spans.block if of_blocks else 1
+    size = spans.block if positions else 1
+    sums, pe = positions or (x, x)
     BM, BF, BC = _height(x, BM), _width(F, x), _width(D, x)
     tiles = ceil_div(F, BF) * ceil_div(D, BC)
     num_rows = spans.num * K
@@ -357,9 +391,11 @@ def _weight_gradients(
         (tiles, size, num_parts),
         g_ptr=g,
         x_ptr=x,
-        table_ptr=spans.table,
+        sums_ptr=sums,
+        pe_ptr=pe,
+        **spans.arguments(),
+        SIZE=spans.size,
         parts_ptr=parts,
-        num=spans.num,
         segment=segment,
         K=K,
         F=F,
@@ -368,15 +404,11 @@ def _weight_gradients(
         BM=BM,
         BF=BF,
         BC=BC,
-        BLOCKS=of_blocks,
+        BLOCKS=positions is not None,
         num_warps=num_warps,
         num_stages=num_stages,
     )
-    return parts.sum(0)
-
-
-def _gated_bias(pe: Tensor, w1: Tensor) -> Tensor:
-    return pe.float() @ w1.float().mT
+    return (parts[0] if num_parts == 1 else parts.sum(0)).to(dtype or x.dtype)
 
 
 def _gated_fwd(
@@ -399,11 +431,10 @@ def _gated_fwd(
         x_ptr=x,
         pe_ptr=pe,
         w1_ptr=w1,
-        bias_ptr=_gated_bias(pe, w1),
-        table_ptr=blocks.table,
+        bias_ptr=_bias(pe, w1),
+        **blocks.arguments(),
         out_ptr=out,
         lse_ptr=out if lse is None else lse,
-        num=blocks.num,
         K=K,
         D=D,
         DP=padded_dim(D),
@@ -442,22 +473,19 @@ def _gated_bwd(
         x_ptr=x,
         pe_ptr=pe,
         w1_ptr=w1,
-        bias_ptr=_gated_bias(pe, w1),
+        bias_ptr=_bias(pe, w1),
         dout_ptr=dout,
         out_ptr=out,
         lse_ptr=lse,
-        table_ptr=pieces.table,
+        **pieces.arguments(),
         direct_ptr=direct,
         dlogits_ptr=dlogits,
         parts_ptr=parts,
-        num=pieces.num,
-        per_seq=pieces.per_seq,
         gap=pieces.per_seq - blocks.per_seq,
         K=K,
         D=D,
         DP=padded_dim(D),
         BLOCK=blocks.block,
-        STRIDE=blocks.stride,
         BM=BM,
         BC=BC,
         num_warps=num_warps,
@@ -465,8 +493,8 @@ def _gated_bwd(
     direct_sum, dlogits_sum = parts.sum(0)
     dpe = direct_sum + dlogits_sum @ w1.float()
     # The logits are a product with each token, a block of one.
-    tokens = _Spans.of(x.view(1, -1, K, D), None, 1, 1, 1)
-    dw1 = _weight_gradients(dlogits, x, tokens)
+    tokens = _Spans.of(x.view(1, -1, K, D), x, 1, 1, 1)
+    dw1 = _weight_gradients(dlogits, x, tokens, dtype=torch.float32)
     dw1 += dlogits_sum.flatten(0, 1).mT @ pe.float().flatten(0, 1)
     dx = _token_gradients(x, tokens, tokens, dhidden=dlogits, w1=w1, dout=direct)
     return dx, dpe.to(pe.dtype), dw1.to(w1.dtype)

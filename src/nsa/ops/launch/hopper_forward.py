@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +14,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from nsa.kernels.hopper_forward import hopper_attention_fwd_kernel
 from nsa.kernels.hopper_scores import hopper_scores_kernel
 from nsa.kernels.hopper_token_attention import hopper_token_attention_fwd_kernel
-from nsa.ops.launch.tiles import LOG2_E, QueryTiles, launch, next_power_of_2
+from nsa.ops.launch.tiles import LOG2_E, QueryTiles, launch, next_power_of_2, reachable
 from nsa.ops.launch.tuned import capability
 
-DIMS = (64, 128)
+KEY_DIMS, VALUE_DIMS = (64, 128, 192), (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 # Registers a thread with which the three warp groups start: 384 threads share 64 Ki.
 START = {"num_warps": 4, "maxnreg": 168}
@@ -29,8 +31,7 @@ class HopperTile(NamedTuple):
     STAGES: int
 
 
-# Keys are given back a step late, so two places would leave no time for a copy.
-ATTENTION = HopperTile(128, 128, 3)
+ATTENTION_ROWS = 128
 SCORES = HopperTile(256, 64, 4)
 # Of tokens, a step has the keys of a selection block, and the ring takes what the queries leave.
 TOKEN_ROWS, TOKEN_KEYS, MAX_STAGES = 128, 64, 8
@@ -40,8 +41,8 @@ SHARED_MEMORY = 226 * 1024  # Bytes of a multiprocessor, less what barriers take
 def has_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, softmax_scale: float) -> bool:
     """Whether ``attention_fwd`` applies; it takes the maximum of logits before it scales them."""
     group = q.shape[-2] // k_cmp.shape[-2]
-    fits = group == next_power_of_2(group) <= ATTENTION.BM
-    dims = q.shape[-1] in DIMS and v_cmp.shape[-1] in DIMS
+    fits = group == next_power_of_2(group) <= ATTENTION_ROWS
+    dims = q.shape[-1] in KEY_DIMS and v_cmp.shape[-1] in VALUE_DIMS
     return fits and dims and softmax_scale > 0 and can_copy(q, k_cmp, v_cmp)
 
 
@@ -49,7 +50,12 @@ def has_scores(q: Tensor, k_cmp: Tensor, keys_per_block: int) -> bool:
     """Whether ``block_scores`` applies; the sums of small groups would not fit the registers."""
     group = next_power_of_2(q.shape[-2] // k_cmp.shape[-2])
     whole = keys_per_block == next_power_of_2(keys_per_block) <= SCORES.BN
-    return 8 <= group <= 64 and whole and q.shape[-1] in DIMS and can_copy(q, k_cmp)
+    return 8 <= group <= 64 and whole and q.shape[-1] in KEY_DIMS and can_copy(q, k_cmp)
+
+
+def piece(dim: int) -> int:
+    """Columns of a head dim that lie together in shared memory, whose shapes are powers of two."""
+    return dim if dim == next_power_of_2(dim) else 64
 
 
 def has_token_attention(
@@ -58,7 +64,8 @@ def has_token_attention(
     """Whether ``token_attention_fwd`` applies; without selected blocks they have no size."""
     return (
         q.shape[-2] // k.shape[-2] in (8, 16, 32, 64)
-        and {q.shape[-1], v.shape[-1]} <= set(DIMS)
+        and q.shape[-1] in KEY_DIMS
+        and v.shape[-1] in VALUE_DIMS
         and block_size in (None, TOKEN_KEYS)
         and softmax_scale > 0
         and can_copy(q, k, v)
@@ -78,10 +85,29 @@ def programs(device: torch.device, tiles: int) -> tuple[int]:
 
 
 def descriptor(x: Tensor, shape: tuple[int, ...], block: list[int]) -> TensorDescriptor:
-    """How the copy engine reads ``x``, viewed as ``shape``, in tiles of ``block``."""
-    # Rows of a supported head dim fill the widest swizzle.
-    layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), len(block))
-    return TensorDescriptor.from_tensor(x.view(shape), block, layout)
+    """How the copy engine reads contiguous ``x``, viewed as ``shape``, in tiles of ``block``."""
+    strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+    sizes = [x.numel() // strides[0], *shape[1:]]
+    return TensorDescriptor(x, sizes, strides, block, _layout(8 * x.element_size(), len(block)))
+
+
+@cache
+def _layout(bits: int, rank: int) -> gl.NVMMASharedLayout:
+    """Rows of a supported head dim fill the widest swizzle."""
+    return gl.NVMMASharedLayout(128, bits, rank)
+
+
+def attention_tile(key_dim: int, value_dim: int) -> HopperTile:
+    """The tile of compressed attention: steps of 128 keys, or of 64 where those do not fit.
+
+    Places of the ring are given back a step late and are shared by two warp groups that are half a
+    step apart, so fewer than three would leave no time for a copy.
+    """
+    free = SHARED_MEMORY - ATTENTION_ROWS * key_dim * 2
+    key_bytes = (key_dim + value_dim) * 2
+    if free >= 3 * 128 * key_bytes:
+        return HopperTile(ATTENTION_ROWS, 128, 3)
+    return HopperTile(ATTENTION_ROWS, 64, free // (64 * key_bytes))
 
 
 def attention_fwd(
@@ -94,18 +120,19 @@ def attention_fwd(
     cu_seqlens: Tensor | None,
     geometry: dict[str, int],
     softmax_scale: float,
-    tile: HopperTile = ATTENTION,
 ) -> None:
     """Writes ``o`` and ``lse``; ``geometry`` is ``BLOCK``, ``STRIDE`` and ``q_offset``."""
     num_heads, key_dim = q.shape[-2:]
     num_kv_heads, value_dim = v_cmp.shape[-2:]
     group = num_heads // num_kv_heads
+    tile = attention_tile(key_dim, value_dim)
+    columns = piece(key_dim)
     tiles = QueryTiles.of(q, cu_seqlens, tile.BM // group)
     launch(
         hopper_attention_fwd_kernel,
         programs(q.device, tiles.num_tiles * num_kv_heads),
-        q_desc=descriptor(q, (-1, num_heads, key_dim), [tiles.tokens, group, key_dim]),
-        k_desc=descriptor(k_cmp, (-1, num_kv_heads * key_dim), [tile.BN, key_dim]),
+        q_desc=descriptor(q, (-1, num_heads, key_dim), [tiles.tokens, group, columns]),
+        k_desc=descriptor(k_cmp, (-1, num_kv_heads * key_dim), [tile.BN, columns]),
         v_desc=descriptor(v_cmp, (-1, num_kv_heads * value_dim), [tile.BN, value_dim]),
         o_ptr=o,
         lse_ptr=lse,
@@ -133,7 +160,6 @@ def block_scores(
     softmax_scale: float,
     num_tiles: int,
     common: dict[str, Any],
-    tile: HopperTile = SCORES,
 ) -> None:
     """Writes the sums of a chunk of tiles; ``common``: what ``select_blocks`` gives its kernels."""
     num_heads, key_dim = q.shape[-2:]
@@ -142,7 +168,7 @@ def block_scores(
     launch(
         hopper_scores_kernel,
         programs(q.device, num_tiles * num_kv_heads),
-        k_desc=descriptor(k_cmp, (-1, num_kv_heads * key_dim), [tile.BN, key_dim]),
+        k_desc=descriptor(k_cmp, (-1, num_kv_heads * key_dim), [SCORES.BN, piece(key_dim)]),
         q_ptr=q,
         lse_ptr=lse,
         num_tiles=num_tiles,
@@ -154,7 +180,7 @@ def block_scores(
         GP=next_power_of_2(group),
         DK=key_dim,
         **common,
-        **tile._asdict(),
+        **SCORES._asdict(),
         **START,
     )
 
@@ -175,22 +201,29 @@ def token_attention_fwd(
     num_heads, key_dim = q.shape[-2:]
     num_kv_heads, value_dim = keys["v_slc"].shape[-2:]
     group = num_heads // num_kv_heads
+    columns = piece(key_dim)
+    # Tiles of keys are copied whole, and what lies behind the last may be anything.
+    keys = {name: reachable(x, q, common["q_offset"], 1, 1) for name, x in keys.items()}
+    common = {**common, "T_k": keys["k_slc"].shape[-3]}
     free = SHARED_MEMORY - TOKEN_ROWS * key_dim * 2
     stages = min(MAX_STAGES, free // (TOKEN_KEYS * (key_dim + value_dim) * 2))
     descriptors = {
-        f"{name}_desc": descriptor(x, (-1, num_kv_heads * x.shape[-1]), [TOKEN_KEYS, x.shape[-1]])
+        f"{name}_desc": descriptor(
+            x, (-1, num_kv_heads * x.shape[-1]), [TOKEN_KEYS, piece(x.shape[-1])]
+        )
         for name, x in keys.items()
     }
-    sizes = (num_heads, num_kv_heads, group, key_dim, value_dim, window_size)
     launch(
         hopper_token_attention_fwd_kernel,
         programs(q.device, tiles.num_tiles * num_kv_heads),
-        q_desc=descriptor(q, (-1, num_heads, key_dim), [tiles.tokens, group, key_dim]),
+        q_desc=descriptor(q, (-1, num_heads, key_dim), [tiles.tokens, group, columns]),
         **descriptors,
         **common,
         **tiles.places(),
         num_tiles=tiles.num_tiles,
-        SHAPE=(*sizes, common["blocks_ptr"].shape[-1], stages, *flags.values(), tiles.packed),
-        Q_REGISTERS=True,
+        K=num_kv_heads,
+        window=window_size,
+        num_entries=common["blocks_ptr"].shape[-1],
+        SHAPE=(group, key_dim, value_dim, columns, stages, *flags.values(), tiles.packed),
         **START,
     )

@@ -8,7 +8,14 @@ from torch import Tensor
 from nsa.kernels.hopper_query_gradients import hopper_dq_kernel
 from nsa.ops.launch import hopper_key_gradients
 from nsa.ops.launch.branches import Branch, Geometry
-from nsa.ops.launch.hopper_forward import SHARED_MEMORY, START, can_copy, descriptor, programs
+from nsa.ops.launch.hopper_forward import (
+    SHARED_MEMORY,
+    START,
+    can_copy,
+    descriptor,
+    piece,
+    programs,
+)
 from nsa.ops.launch.select_blocks import union_blocks
 from nsa.ops.launch.tiles import QueryTiles, heads, launch, reachable
 
@@ -31,32 +38,36 @@ def dq(
     out = torch.empty_like(q)
     first = next(iter(branches.values()))
     sizes = heads(q, first.k, first.v)
-    group, dims = sizes["G"], (sizes["DK"], sizes["DV"])
+    group, dims, width = sizes["G"], sizes["DK"] + sizes["DV"], piece(sizes["DK"])
     tiles = QueryTiles.of(q, geometry.cu_seqlens, ROWS // group)
-    slc, tokens = branches.get("slc"), branches.get("slc") or branches.get("win")
+    slc = branches.get("slc")
     union = (q, q, q)
     if slc is not None and slc.block_indices is not None:
         union = union_blocks(slc.block_indices, tiles, q.shape[-3])
     descriptors = {
-        f"{name}_desc": descriptor(x, (-1, *x.shape[-2:]), [tiles.tokens, group, x.shape[-1]])
+        f"{name}_desc": descriptor(
+            x, (-1, *x.shape[-2:]), [tiles.tokens, group, piece(x.shape[-1])]
+        )
         for name, x in (("q", q), ("do", do))
     }
-    slots = 0
+    rows = {}  # That some query sees, of each branch.
     for name in ("cmp", "slc", "win"):
         # Of a branch that is not there, or of which nothing is visible, nothing is copied.
         branch = branches.get(name, first)
         keys = (branch.k, branch.v)
-        if name == "cmp" and name in branches:
-            block, stride = geometry.compress_block_size, geometry.compress_stride
+        if name in branches:
+            block, stride = 1, 1
+            if name == "cmp":
+                block, stride = geometry.compress_block_size, geometry.compress_stride
             keys = tuple(reachable(x, q, geometry.q_offset, block, stride) for x in keys)
-            slots = keys[0].shape[-3]
+            rows[name] = keys[0].shape[-3]
         if not keys[0].numel():
             keys = (branch.k, branch.v)
         for letter, x in zip("kv", keys, strict=True):
-            dim = x.shape[-1]
-            matrix = (-1, x.shape[-2] * dim)
-            descriptors[f"{letter}_{name}_desc"] = descriptor(x, matrix, [KEYS, dim])
-    stages = min(MAX_STAGES, (SHARED_MEMORY - ROWS * sum(dims) * 2) // (KEYS * sum(dims) * 2))
+            matrix = (-1, x.shape[-2] * x.shape[-1])
+            box = [KEYS, piece(x.shape[-1])]
+            descriptors[f"{letter}_{name}_desc"] = descriptor(x, matrix, box)
+    stages = min(MAX_STAGES, (SHARED_MEMORY - ROWS * dims * 2) // (KEYS * dims * 2))
     used = ("cmp" in branches) + 2 * ("slc" in branches) + 4 * ("win" in branches)
     launch(
         hopper_dq_kernel,
@@ -71,13 +82,14 @@ def dq(
         num_tiles=tiles.num_tiles,
         num_rows=values.shape[-1],
         T_q=q.shape[-3],
-        T_k=q.shape[-3] if tokens is None else tokens.k.shape[-3],
-        T_c=slots,
+        T_k=rows.get("slc", rows.get("win", 0)),
+        T_c=rows.get("cmp", 0),
         **geometry.scalars(),
+        window=geometry.window_size,
         SHAPE=(
-            *(sizes["H"], sizes["K"], group, *dims),
-            *(geometry.compress_block_size, geometry.compress_stride, geometry.window_size),
-            *(union[0].shape[-1], used, union[0] is q, stages, tiles.packed),
+            *(sizes["H"], sizes["K"], group, width, sizes["DV"]),
+            *(geometry.compress_block_size, geometry.compress_stride),
+            *(used, union[0] is q, stages, tiles.packed, sizes["DK"] // width, union[0].shape[-1]),
         ),
         **START,
     )

@@ -74,8 +74,7 @@ def range_dkv(
     q = rows.q
     sizes = heads(q, branch.k, branch.v)
     shape = tile("range_dkv", sizes, q)
-    # For the window, the compiler would make the Hopper kernel wait for each product.
-    on_hopper = compressed and hopper.applies(q, branch.v, sizes)
+    on_hopper = hopper.applies(q, branch.v, sizes) and (compressed or hopper.has_window(sizes))
     keys = hopper.KEYS if on_hopper else shape.BN
     block, stride = (
         (geometry.compress_block_size, geometry.compress_stride) if compressed else (1, 1)
@@ -107,11 +106,11 @@ def range_dkv(
             "part_dk": branch.k.numel(),
             "part_dv": branch.v.numel(),
         }
+        window = 0 if compressed else geometry.window_size
         if on_hopper:
-            fast = hopper.range_arguments(sizes, block, stride)
+            fast = hopper.range_arguments(sizes, block, stride, window)
             launch(hopper_range_dkv_kernel, grid, **rows.descriptors(branch), **common, **fast)
         else:
-            window = 0 if compressed else geometry.window_size
             plain = {**sizes, "BLOCK": block, "STRIDE": stride, "WINDOW": window}
             plain |= shape._asdict()
             launch(range_dkv_kernel, grid, **rows.arguments(branch), **common, **plain)
@@ -127,16 +126,19 @@ def selected_dkv(rows: Rows, branch: Branch, geometry: Geometry) -> tuple[Tensor
     num_kv_heads, size = sizes["K"], geometry.block_size
     shape = tile("selected_dkv", sizes, q)
     shape = shape._replace(BN=key_tile(shape.BN, size))
-    dk, dv = torch.zeros_like(branch.k), torch.zeros_like(branch.v)
+    # Of a batch every key is in a block.
+    make = torch.zeros_like if geometry.cu_seqlens is not None else torch.empty_like
+    dk, dv = make(branch.k), make(branch.v)
     assert branch.block_indices is not None, "the selected branch needs its block indices"
     if not q.numel():
-        return dk, dv
+        return dk.zero_(), dv.zero_()
     blocks = block_table(branch.k, q, geometry.cu_seqlens, size)
     entries, entry_offsets = invert(branch.block_indices, blocks, num_kv_heads)
     on_hopper = size == 64 and hopper.applies(q, branch.v, sizes)
     sums, part = (2, 2 * PART) if on_hopper else (1, PART)
     part_offsets = torch.zeros_like(entry_offsets)
-    part_offsets[1:] = torch.cumsum((entry_offsets.diff() + part - 1) // part, 0)
+    per_list = (entry_offsets.diff() + (part - 1)) // part
+    torch.cumsum(per_list, 0, out=part_offsets[1:])
     num_lists = num_kv_heads * blocks.num_blocks
     max_parts = num_lists + branch.block_indices.numel() // part
     parts_k, parts_v = (
@@ -162,21 +164,24 @@ def selected_dkv(rows: Rows, branch: Branch, geometry: Geometry) -> tuple[Tensor
         common |= {**rows.arguments(branch), "num_keys_ptr": blocks.num_keys}
         common |= {**sizes, "SELECT": size, **shape._asdict()}
         launch(selected_dkv_kernel, (max_parts, ceil_div(size, shape.BN)), **common)
-    for parts, out in ((parts_k, dk), (parts_v, dv)):
-        launch(
-            sum_parts_kernel,
-            (blocks.num_blocks, num_kv_heads, ceil_div(size, shape.BN)),
-            parts_ptr=parts,
-            out_ptr=out,
-            **where,
-            num_keys_ptr=blocks.num_keys,
-            num_blocks=blocks.num_blocks,
-            SUMS=sums,
-            K=num_kv_heads,
-            D=out.shape[-1],
-            DP=next_power_of_2(out.shape[-1]),
-            SELECT=size,
-            BN=shape.BN,
-            num_warps=4,
-        )
+    launch(
+        sum_parts_kernel,
+        (blocks.num_blocks, num_kv_heads, ceil_div(size, shape.BN)),
+        parts_k_ptr=parts_k,
+        parts_v_ptr=parts_v,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        **where,
+        num_keys_ptr=blocks.num_keys,
+        num_blocks=blocks.num_blocks,
+        SUMS=sums,
+        K=num_kv_heads,
+        DK=dk.shape[-1],
+        DV=dv.shape[-1],
+        DKP=next_power_of_2(dk.shape[-1]),
+        DVP=next_power_of_2(dv.shape[-1]),
+        SELECT=size,
+        BN=shape.BN,
+        num_warps=4,
+    )
     return dk, dv

@@ -15,7 +15,15 @@ from nsa.kernels.select_blocks import (
     union_blocks_kernel,
 )
 from nsa.ops.launch import hopper_forward
-from nsa.ops.launch.tiles import LOG2_E, QueryTiles, heads, launch, next_power_of_2, reachable
+from nsa.ops.launch.tiles import (
+    LOG2_E,
+    QueryTiles,
+    ceil_div,
+    heads,
+    launch,
+    next_power_of_2,
+    reachable,
+)
 from nsa.ops.launch.tuned import Tile, tile
 
 SCORE_BYTES = 1 << 28  # of the score buffers of one chunk of queries
@@ -68,11 +76,13 @@ def select_blocks(
         shape = tile("block_scores", sizes, q)
         write_scores = partial(_block_scores, shape=shape)
     tiles = QueryTiles.of(q, cu_seqlens, shape.BM // sizes["GP"])
-    stride_row = config.num_blocks(q_offset + q.shape[-3])
+    # Rows start where vectors of scores can be read.
+    stride_row = ceil_div(config.num_blocks(q_offset + q.shape[-3]), 16) * 16
     tile_bytes = tiles.tokens * sizes["K"] * stride_row * 8
     per_chunk = min(tiles.num_tiles, max(1, SCORE_BYTES // tile_bytes))
-    own = torch.empty(per_chunk * tile_bytes // 8, dtype=torch.float32, device=q.device)
-    following = torch.empty_like(own)
+    # Rows are read in powers of two from one before: there is room behind the last, and before.
+    room = per_chunk * tile_bytes // 8 + max(32, next_power_of_2(stride_row))
+    own, following = torch.empty(2, room, dtype=torch.float32, device=q.device)
     common = {
         **tiles.arguments(),
         "BLOCK": config.compress_block_size,
@@ -104,9 +114,9 @@ def select_blocks(
             N=config.num_selected_blocks,
             NUM_INIT=config.num_init_blocks,
             NUM_LOCAL=config.num_local_blocks,
+            NP=next_power_of_2(config.num_selected_blocks),
             BQ=tiles.tokens,
-            R=1,
-            NBP=next_power_of_2(columns),
+            NBP=max(32, next_power_of_2(columns)),
             **common,
             num_warps=1,
         )

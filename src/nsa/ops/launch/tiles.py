@@ -54,7 +54,7 @@ def heads(q: Tensor, k: Tensor, v: Tensor | None = None) -> dict[str, int]:
 
 
 def reachable(x: Tensor, q: Tensor, q_offset: int, block: int, stride: int) -> Tensor:
-    """Compressed blocks that some query sees, contiguous.
+    """Compressed blocks (or, as blocks of one, tokens) that some query sees, contiguous.
 
     What lies behind them in a batch may be anything, and tiles of keys are copied whole: a NaN
     there times a probability of 0 would be a NaN.
