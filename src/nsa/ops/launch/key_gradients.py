@@ -14,7 +14,7 @@ from nsa.kernels.hopper_key_gradients import (
 )
 from nsa.kernels.key_gradients import range_dkv_kernel, selected_dkv_kernel, sum_parts_kernel
 from nsa.ops.launch import hopper_key_gradients as hopper
-from nsa.ops.launch.block_lists import block_table, invert
+from nsa.ops.launch.block_lists import BlockTable, block_table, invert
 from nsa.ops.launch.branches import Branch, Geometry
 from nsa.ops.launch.tiles import (
     QueryTiles,
@@ -164,24 +164,38 @@ def selected_dkv(rows: Rows, branch: Branch, geometry: Geometry) -> tuple[Tensor
         common |= {**rows.arguments(branch), "num_keys_ptr": blocks.num_keys}
         common |= {**sizes, "SELECT": size, **shape._asdict()}
         launch(selected_dkv_kernel, (max_parts, ceil_div(size, shape.BN)), **common)
+    _sum_parts((parts_k, parts_v), (dk, dv), sums, shape.BN, blocks, where)
+    return dk, dv
+
+
+def _sum_parts(
+    parts: tuple[Tensor, Tensor],
+    out: tuple[Tensor, Tensor],
+    sums: int,
+    BN: int,
+    blocks: BlockTable,
+    where: dict[str, Tensor],
+) -> None:
+    """Adds the ``sums`` partial sums of each part of a block's list: ``dk`` and ``dv``."""
+    size, num_kv_heads = parts[0].shape[1], out[0].shape[-2]
+    key_dim, value_dim = (x.shape[-1] for x in out)
     launch(
         sum_parts_kernel,
-        (blocks.num_blocks, num_kv_heads, ceil_div(size, shape.BN)),
-        parts_k_ptr=parts_k,
-        parts_v_ptr=parts_v,
-        dk_ptr=dk,
-        dv_ptr=dv,
+        (blocks.num_blocks, num_kv_heads, ceil_div(size, BN)),
+        parts_k_ptr=parts[0],
+        parts_v_ptr=parts[1],
+        dk_ptr=out[0],
+        dv_ptr=out[1],
         **where,
         num_keys_ptr=blocks.num_keys,
         num_blocks=blocks.num_blocks,
         SUMS=sums,
         K=num_kv_heads,
-        DK=dk.shape[-1],
-        DV=dv.shape[-1],
-        DKP=next_power_of_2(dk.shape[-1]),
-        DVP=next_power_of_2(dv.shape[-1]),
+        DK=key_dim,
+        DV=value_dim,
+        DKP=next_power_of_2(key_dim),
+        DVP=next_power_of_2(value_dim),
         SELECT=size,
-        BN=shape.BN,
+        BN=BN,
         num_warps=4,
     )
-    return dk, dv

@@ -59,17 +59,10 @@ def token_attention_fwd(
     tiles = QueryTiles.of(q, cu_seqlens, tokens)
     union = (q, q, q) if indices is None else union_blocks(indices, tiles, q.shape[-3])
     keys = {"k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win}
-    written = {
-        "o_ptr": out.get("o", q),
-        "o_slc_ptr": out.get("o_slc", q),
-        "o_win_ptr": out.get("o_win", q),
-        "lse_slc_ptr": out.get("lse_slc", out.get("lse_win", q)),
-        "lse_win_ptr": out.get("lse_win", out.get("lse_slc", q)),
-    }
     common = {
         "gates_ptr": q if gates is None else gates.contiguous(),
         "o_cmp_ptr": q if o_cmp is None else o_cmp,
-        **written,
+        **_pointers(q, out),
         "blocks_ptr": union[0],
         "bits_ptr": union[1],
         "counts_ptr": union[2],
@@ -116,3 +109,11 @@ def _outputs(q: Tensor, v: Tensor, gated: bool, slc: bool, win: bool) -> dict[st
             out[f"o_{name}"] = q.new_empty(*q.shape[:-1], v.shape[-1])
             out[f"lse_{name}"] = q.new_empty(q.shape[:-1], dtype=torch.float32)
     return out
+
+
+def _pointers(q: Tensor, out: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Kernel arguments of the outputs; those that are not wanted are not written."""
+    pointers = {f"{name}_ptr": out.get(name, q) for name in ("o", "o_slc", "o_win")}
+    for name, other in (("slc", "win"), ("win", "slc")):
+        pointers[f"lse_{name}_ptr"] = out.get(f"lse_{name}", out.get(f"lse_{other}", q))
+    return pointers
