@@ -27,6 +27,7 @@ from nsa.ops.launch.tiles import (
 from nsa.ops.launch.tuned import Tile, tile
 
 SCORE_BYTES = 1 << 28  # of the score buffers of one chunk of queries
+SCORES_PER_WARP = 2048  # of a query's, that registers hold
 
 
 class Union(NamedTuple):
@@ -97,6 +98,7 @@ def select_blocks(
     for first in range(0, tiles.num_tiles, per_chunk):
         count = min(per_chunk, tiles.num_tiles - first)
         columns = config.num_blocks(q_offset + _reach(q, (first + count) * tiles.tokens))
+        row = max(32, next_power_of_2(columns))
         write_scores(
             q,
             k_cmp,
@@ -116,9 +118,9 @@ def select_blocks(
             NUM_LOCAL=config.num_local_blocks,
             NP=next_power_of_2(config.num_selected_blocks),
             BQ=tiles.tokens,
-            NBP=max(32, next_power_of_2(columns)),
+            NBP=row,
             **common,
-            num_warps=1,
+            num_warps=min(16, max(1, row // SCORES_PER_WARP)),
         )
     return indices
 
