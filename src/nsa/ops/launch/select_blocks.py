@@ -98,31 +98,37 @@ def select_blocks(
     for first in range(0, tiles.num_tiles, per_chunk):
         count = min(per_chunk, tiles.num_tiles - first)
         columns = config.num_blocks(q_offset + _reach(q, (first + count) * tiles.tokens))
-        row = max(32, next_power_of_2(columns))
-        write_scores(
-            q,
-            k_cmp,
-            lse,
-            softmax_scale=softmax_scale,
-            num_tiles=count,
-            common={**common, "first_tile": first},
-        )
-        launch(
-            top_blocks_kernel,
-            (count * tiles.tokens, sizes["K"]),
-            indices_ptr=indices,
-            first_tile=first,
-            K=sizes["K"],
-            N=config.num_selected_blocks,
-            NUM_INIT=config.num_init_blocks,
-            NUM_LOCAL=config.num_local_blocks,
-            NP=next_power_of_2(config.num_selected_blocks),
-            BQ=tiles.tokens,
-            NBP=row,
-            **common,
-            num_warps=min(16, max(1, row // SCORES_PER_WARP)),
-        )
+        chunk = {**common, "first_tile": first}
+        write_scores(q, k_cmp, lse, softmax_scale=softmax_scale, num_tiles=count, common=chunk)
+        _top_blocks(indices, count * tiles.tokens, columns, tiles.tokens, config, chunk)
     return indices
+
+
+def _top_blocks(
+    indices: Tensor,
+    num_rows: int,
+    columns: int,
+    tokens: int,
+    config: NSAConfig,
+    common: dict[str, Any],
+) -> None:
+    """Chooses from the sums of a chunk, rows of ``columns`` blocks at most."""
+    num_kv_heads, n = indices.shape[-2:]
+    row = max(32, next_power_of_2(columns))
+    launch(
+        top_blocks_kernel,
+        (num_rows, num_kv_heads),
+        indices_ptr=indices,
+        K=num_kv_heads,
+        N=n,
+        NUM_INIT=config.num_init_blocks,
+        NUM_LOCAL=config.num_local_blocks,
+        NP=next_power_of_2(n),
+        BQ=tokens,
+        NBP=row,
+        **common,
+        num_warps=min(16, max(1, row // SCORES_PER_WARP)),
+    )
 
 
 def _block_scores(
