@@ -9,7 +9,7 @@ from nsa.config import NSAConfig
 from nsa.ops import checks
 from nsa.ops.backend import custom_op, implementation, resolve_backend
 from nsa.ops.fakes import attention_outputs, gradients_of
-from nsa.ops.select_blocks import config_from
+from nsa.ops.select_blocks import config_from, geometry_of
 
 
 def nsa_attention(
@@ -87,8 +87,7 @@ def nsa_attention(
     return nsa_attention_fwd(
         *tensors,
         cu_seqlens,
-        # Not astuple, which copies every number deeply.
-        [getattr(config, name) for name in NSAConfig.__dataclass_fields__],
+        geometry_of(config),
         checks.scale(softmax_scale, q.shape[-1]),
         q_offset,
         keep,

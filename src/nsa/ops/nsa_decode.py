@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from nsa import reference
 from nsa.config import NSAConfig
 from nsa.ops import checks
 from nsa.ops.backend import custom_op
-from nsa.ops.select_blocks import config_from
+from nsa.ops.select_blocks import config_from, geometry_of
 
 
 def nsa_decode(
@@ -73,7 +71,7 @@ def nsa_decode(
         )
     scale = checks.scale(softmax_scale, q.shape[-1])
     return nsa_decode_fwd(
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, seq_lens, list(astuple(config)), scale
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, seq_lens, geometry_of(config), scale
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
 from functools import cache
 
 import torch
@@ -70,7 +69,7 @@ def select_blocks(
         k_cmp.detach(),
         lse.detach(),
         cu_seqlens,
-        list(astuple(config)),
+        geometry_of(config),
         checks.scale(softmax_scale, q.shape[-1]),
         q_offset,
         resolve_backend(q, backend),
@@ -106,8 +105,14 @@ def _(q, k_cmp, lse, cu_seqlens, geometry, softmax_scale, q_offset, backend):
     return q.new_empty((*q.shape[:-2], k_cmp.shape[-2], n), dtype=torch.int32)
 
 
+def geometry_of(config: NSAConfig) -> list[int]:
+    """``config`` as op schemas carry it, which know lists of ints, not dataclasses."""
+    # Not astuple, which copies every number deeply.
+    return [getattr(config, name) for name in NSAConfig.__dataclass_fields__]
+
+
 def config_from(geometry: list[int]) -> NSAConfig:
-    """Undoes ``astuple(config)``: op schemas carry lists of ints, not dataclasses."""
+    """Undoes ``geometry_of``."""
     return _config(*geometry)
 
 
