@@ -76,6 +76,8 @@ class LoopConfig:
     Args:
         output_dir: folder of the run: resolved config, tokenizer, checkpoints, logs and the final
             model.
+        initial_model: folder of a model of this package, such as ``nsa convert`` writes, whose
+            weights and settings the run starts from; random weights if None.
         max_steps: optimizer steps.
         batch_rows: packed rows per optimizer step, over all devices and accumulation.
         micro_batch_rows: rows one device computes at a time. Gradients are accumulated over
@@ -102,6 +104,7 @@ class LoopConfig:
     """
 
     output_dir: str
+    initial_model: str | None = None
     max_steps: int
     batch_rows: int = 8
     micro_batch_rows: int = 1

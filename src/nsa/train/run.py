@@ -30,6 +30,7 @@ from nsa.train.engine import NSATrainer, training_arguments
 from nsa.train.files import write_text
 from nsa.train.packing import PackedRows, collate
 from nsa.train.progress import Milestones, ProgressReport, StopOnSignal
+from nsa.train.start import new_model, with_initial_model
 from nsa.train.tokenizer import load_tokenizer, train_tokenizer
 from nsa.train.validation import PositionLosses
 
@@ -121,13 +122,14 @@ def train(
         console = Console(quiet=True)
     for line in passed_over:
         console.print(line, style="yellow", markup=False)
+    config = with_initial_model(config, run_dir, resuming=start is not None)
     NSAModelConfig(**config.model)  # before minutes of reading text
     with args.main_process_first(local=False):
         config, tokenizer, corpora = _prepare(
             config, run_dir, resuming=start is not None, leads=args.process_index == 0
         )
     set_seed(config.training.seed)
-    model = NSAForCausalLM(NSAModelConfig(**config.model))
+    model = new_model(config, resuming=start is not None)
     rows = PackedRows(
         corpora["train"],
         seq_len=config.data.seq_len,
