@@ -13,18 +13,39 @@ from nsa.kernels.tiles import locate_tile, num_visible
 
 
 @triton.jit
-def _sum_heads(b_p, BN: tl.constexpr, BQ: tl.constexpr, GP: tl.constexpr):
-    """``[BN, BQ * GP] -> [BN, BQ]``.
-
-    A thread of a wgmma accumulator holds two columns of every eight, so those that are its own are
-    added before any shuffle.
-    """
-    if GP >= 8:
-        b_p = tl.sum(tl.reshape(b_p, [BN, BQ, GP // 8, 8]), 2)
-        b_p = tl.sum(tl.reshape(b_p, [BN, BQ, 4, 2]), 3)
-        return tl.sum(b_p, 2)
+def _token_and_head(o_m, BM: tl.constexpr, GP: tl.constexpr):
+    """Of query row ``o_m``. A thread of a wgmma accumulator holds rows 8 apart: two heads."""
+    half = o_m // 8 % 2
+    rest = o_m // 16 * 8 + o_m % 8
+    if GP == 1:
+        return half * (BM // 2) + rest, half * 0
     else:
-        return tl.sum(tl.reshape(b_p, [BN, BQ, GP]), 2)
+        return rest // (GP // 2), rest % (GP // 2) * 2 + half
+
+
+@triton.jit
+def _block_and_key(o_n, NB: tl.constexpr, SP: tl.constexpr):
+    """Of column ``o_n``: which of the step's blocks, and which of its keys.
+
+    A thread of an accumulator holds two columns of every eight: they are keys of the same blocks.
+    """
+    LANES: tl.constexpr = min(NB, 4)
+    block = o_n // 2 % LANES * (NB // LANES) + o_n // (LANES * SP)
+    return block, o_n // (2 * LANES) % (SP // 2) * 2 + o_n % 2
+
+
+@triton.jit
+def _sum(b_p, BQ: tl.constexpr, GP: tl.constexpr, NB: tl.constexpr, SP: tl.constexpr):
+    """``[BQ * GP, NB * SP] -> [BQ, NB]``, without shuffles up to two heads."""
+    BM: tl.constexpr = BQ * GP
+    LANES: tl.constexpr = min(NB, 4)
+    b_p = tl.reshape(b_p, [BM, NB // LANES, SP // 2, LANES, 2])
+    b_p = tl.permute(tl.sum(tl.sum(b_p, 4), 2), (0, 2, 1))
+    b_p = tl.reshape(b_p, [BM // 16, 2, 8, NB])
+    if GP == 1:
+        return tl.reshape(tl.permute(b_p, (1, 0, 2, 3)), [BM, NB])
+    else:
+        return tl.sum(tl.reshape(tl.sum(b_p, 1), [BQ, GP // 2, NB]), 1)
 
 
 @triton.jit(do_not_specialize=["first_tile", "num_seqs", "T_q", "T_c", "q_offset"])
@@ -59,8 +80,9 @@ def block_scores_kernel(
 ):
     """Grid (query tiles of the chunk, K).
 
-    ``own``, ``next``: fp32 ``[chunk tiles, BQ, K, stride_row]``. A step takes ``BN / SP`` groups of
-    ``S`` keys, each padded to ``SP``, a power of two.
+    ``own``, ``next``: fp32 ``[chunk tiles, BQ, K, stride_row]``. A step takes and writes whole
+    ``NB = BN / SP`` groups of ``S`` keys, and ``stride_row`` is a multiple of ``NB``. A group is
+    padded to ``SP``, a power of two, 2 at least.
     """
     BQ: tl.constexpr = BM // GP
     S: tl.constexpr = SELECT // STRIDE
@@ -75,8 +97,8 @@ def block_scores_kernel(
     if t_0 >= n_q:
         return
     o_m = tl.arange(0, BM)
-    o_t = t_0 + o_m // GP
-    o_g = o_m % GP
+    o_t, o_g = _token_and_head(o_m, BM, GP)
+    o_t += t_0
     m_row = (o_t < n_q) & (o_g < G)
     p_row = (q_0 + o_t) * H + i_k * G + o_g
     o_dk = tl.arange(0, DKP)
@@ -89,40 +111,70 @@ def block_scores_kernel(
     n_all = num_visible(q_offset + t_0, BLOCK, STRIDE)
     n_any = num_visible(q_offset + tl.minimum(t_0 + BQ, n_q) - 1, BLOCK, STRIDE)
 
-    o_n = tl.arange(0, BN)
-    m_group = o_n % SP < S
-    o_n = o_n // SP * S + o_n % SP
-    o_j = tl.arange(0, NB)
-    o_q = tl.arange(0, BQ)
-    o_s = tl.arange(0, SP)
+    o_j, o_s = _block_and_key(tl.arange(0, BN), NB, SP)
+    o_n = o_j * S + o_s
     # Padding has the weights of no block: 0.
-    w_own = tl.where(o_s < S, tl.minimum(W, S - o_s), 0).to(tl.float32)[None, :, None]
-    w_next = tl.where(o_s < S, tl.maximum(W - (S - o_s), 0), 0).to(tl.float32)[None, :, None]
+    m_s = o_s < S
+    w_own = tl.where(m_s, tl.minimum(W, S - o_s), 0).to(tl.float32)[None, :]
+    w_next = tl.where(m_s, tl.maximum(W - (S - o_s), 0), 0).to(tl.float32)[None, :]
+    o_q = tl.arange(0, BQ)
     i_row = (i_tile - first_tile).to(tl.int64) * BQ + o_q
-    p_out = (i_row * K + i_k)[:, None] * stride_row + o_j[None, :]  # [BQ, NB]
+    p_out = (i_row * K + i_k)[:, None] * stride_row + tl.arange(0, NB)[None, :]
     m_q = (t_0 + o_q < n_q)[:, None]
     p_k = k_ptr + (o_n * K + i_k)[:, None] * DK + o_dk[None, :]
     # Padding reads keys of the next group, so a padded step is never free of masks.
     n_full = n_all // STEP * STEP if SP == S else 0
     for c in range(0, n_full, STEP):
         b_k = tl.load(p_k + (c_0 + c) * K * DK, mask=m_dk[None, :], other=0.0)
-        b_p = tl.exp2(
-            tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2 - b_lse[None, :]
-        )  # [BN, BM]
-        b_p = tl.reshape(_sum_heads(b_p, BN, BQ, GP), [NB, SP, BQ])
-        tl.store(own_ptr + p_out + c // S, tl.trans(tl.sum(b_p * w_own, 1)), mask=m_q)
-        tl.store(next_ptr + p_out + c // S, tl.trans(tl.sum(b_p * w_next, 1)), mask=m_q)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])  # [BM, BN]
+        tl.store(own_ptr + p_out + c // S, _sum(b_p * w_own, BQ, GP, NB, SP), mask=m_q)
+        tl.store(next_ptr + p_out + c // S, _sum(b_p * w_next, BQ, GP, NB, SP), mask=m_q)
     for c in range(n_full, n_any, STEP):
-        m_n = m_group & (c + o_n < n_any)
+        m_n = m_s & (c + o_n < n_any)
         b_k = tl.load(p_k + (c_0 + c) * K * DK, mask=m_n[:, None] & m_dk[None, :], other=0.0)
-        b_p = tl.exp2(
-            tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2 - b_lse[None, :]
-        )
-        b_p = tl.where((c + o_n)[:, None] < b_visible[None, :], b_p, 0.0)
-        b_p = tl.reshape(_sum_heads(b_p, BN, BQ, GP), [NB, SP, BQ])
-        m_out = m_q & (c // S + o_j < tl.cdiv(n_any, S))[None, :]
-        tl.store(own_ptr + p_out + c // S, tl.trans(tl.sum(b_p * w_own, 1)), mask=m_out)
-        tl.store(next_ptr + p_out + c // S, tl.trans(tl.sum(b_p * w_next, 1)), mask=m_out)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+        b_p = tl.where((c + o_n)[None, :] < b_visible[:, None], b_p, 0.0)
+        tl.store(own_ptr + p_out + c // S, _sum(b_p * w_own, BQ, GP, NB, SP), mask=m_q)
+        tl.store(next_ptr + p_out + c // S, _sum(b_p * w_next, BQ, GP, NB, SP), mask=m_q)
+
+
+@triton.jit
+def _bits_below(end):
+    """The lowest ``end`` bits of a word, between none and all."""
+    return tl.where(end >= 32, -1, (1 << tl.minimum(tl.maximum(end, 0), 31)) - 1)
+
+
+@triton.jit
+def _num_bits(word):
+    """How many bits of a word are set: one instruction, which LLVM knows by this form."""
+    x = word.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _bisect(b_key, n, first, last, NUM: tl.constexpr):
+    """The largest cut from ``first`` to ``last`` that ``n`` of ``NUM`` keys reach.
+
+    Or any that exactly ``n`` reach. The second result is how many do, or -1: not known. ``n`` keys
+    or more reach ``max(first, 0)``, and fewer are above ``last``.
+    """
+    cut = tl.maximum(first, 0)
+    end = tl.maximum(last, cut) + 1
+    count = -1
+    while (end - cut > 1) & (count != n):
+        middle = cut + (end - cut) // 2
+        # The sign of the difference is -1 for every smaller key.
+        num = NUM + tl.sum((b_key - middle) >> 31, 0)
+        enough = num >= n
+        cut = tl.where(enough, middle, cut)
+        count = tl.where(enough, num, count)
+        end = tl.where(enough, end, middle)
+    return cut, count
 
 
 @triton.jit(do_not_specialize=["first_tile", "num_seqs", "T_q", "q_offset"])
@@ -153,10 +205,12 @@ def top_blocks_kernel(
 
     Unused slots are not written: they must hold -1 before.
 
-    A score is at least 0, so its float bits order as an int. The n-th largest is found bit by bit,
-    then everything above it is taken and, among equals, the lowest blocks.
+    A score is at least 0, so its float bits order as an int. The n-th largest is found by
+    bisection, then everything above it is taken and, among equals, the lowest blocks.
     """
-    S: tl.constexpr = SELECT // STRIDE
+    GROUPS: tl.constexpr = min(NP, NBP)
+    RUN: tl.constexpr = max(GROUPS, min(128, NBP))
+    WORDS: tl.constexpr = NBP // 32
     i_k = tl.program_id(1)
     i_local = tl.program_id(0) // BQ
     t_0, q_0, _, _, n_q = locate_tile(
@@ -165,50 +219,61 @@ def top_blocks_kernel(
     t = t_0 + tl.program_id(0) % BQ
     if t >= n_q:
         return
-    n_scored = tl.cdiv(num_visible(q_offset + t, BLOCK, STRIDE), S)
     own_block = (q_offset + t) // SELECT
+    first_local = own_block + 1 - NUM_LOCAL
     o_j = tl.arange(0, NBP)
-    # There is room around the rows, so whole vectors are read and masks come after.
-    p_in = (tl.program_id(0).to(tl.int64) * K + i_k) * stride_row + o_j
-    b_own = tl.load(own_ptr + p_in)
-    b_next = tl.load(next_ptr + p_in - 1)
-    b_key = tl.where(o_j < n_scored, b_own, 0.0) + tl.where(
-        (o_j > 0) & (o_j <= n_scored), b_next, 0.0
-    )
-    b_key = b_key.to(tl.int32, bitcast=True)
-    b_key = tl.where((o_j < NUM_INIT) | (o_j > own_block - NUM_LOCAL), 0x7F800000, b_key)
-    b_key = tl.where(o_j > own_block, -1, b_key)
-    b_cut = 0
-    bit = 1 << 30
-    while bit > 0:
-        b_try = b_cut | bit
-        # The sign of the difference is -1 for every smaller key.
-        count = NBP + tl.sum((b_key - b_try) >> 31, 0)
-        b_cut = tl.where(count >= N, b_try, b_cut)
-        # A cut that leaves exactly N settles it.
-        bit = tl.where(count == N, 0, bit >> 1)
-    m_take = b_key >= b_cut
-    if NBP + tl.sum((b_key - b_cut) >> 31, 0) > N:
+    # Vectors that hold a candidate are read whole: there is room around the rows.
+    m_read = o_j // 4 * 4 <= own_block
+    p_in = (tl.program_id(0).to(tl.int64) * K + i_k) * stride_row
+    b_own = tl.load(own_ptr + p_in + o_j, mask=m_read)
+    b_next = tl.load(next_ptr + p_in - 1 + o_j, mask=m_read)
+    if NUM_LOCAL == 0:
+        # The last candidate can be without a sum of its own.
+        n_scored = tl.cdiv(num_visible(q_offset + t, BLOCK, STRIDE), SELECT // STRIDE)
+        b_own = tl.where(o_j < n_scored, b_own, 0.0)
+    b_key = (b_own + tl.where(o_j > 0, b_next, 0.0)).to(tl.int32, bitcast=True)
+    # Forced blocks are added later: the search is for the ``n`` largest of the others.
+    b_key = tl.where((o_j >= NUM_INIT) & (o_j < first_local), b_key, -1)
+    n = N - tl.minimum(NUM_INIT + NUM_LOCAL, own_block + 1)
+    # Each of ``n`` groups or more has a key that is no smaller than the least of their maxima.
+    b_max = tl.reshape(b_key, [NBP // RUN, GROUPS, RUN // GROUPS])
+    b_max = tl.max(tl.max(b_max, 0), 1)
+    first, last = tl.min(b_max, 0), tl.max(b_max, 0)
+    if own_block < N:
+        first, last = 0, 0  # All are taken.
+    cut, count = _bisect(b_key, n, first, last, NBP)
+    if (count != n) & (own_block >= N):
         # Among equals, the lowest.
-        m_above = b_key > b_cut
-        room = N - tl.sum(m_above.to(tl.int32), 0)
-        m_equal = b_key == b_cut
-        m_take = m_above | (m_equal & (tl.cumsum(m_equal.to(tl.int32), 0) <= room))
-    # Entry ``n`` is the n-th bit that is set, in words of 32: first its word, then its bit.
+        b_late = tl.where(b_key == cut, NBP - o_j, -1)
+        b_key = tl.where(b_key > cut, 0x7F800000, b_late)
+        cut, count = _bisect(b_key, n, 1, NBP + 1, NBP)
+    b_word = tl.reshape((b_key >= cut).to(tl.int32), [WORDS, 8, 4])
+    b_word = tl.sum(b_word << tl.arange(0, 4)[None, None, :], 2)
+    b_word = tl.sum(b_word << 4 * tl.arange(0, 8)[None, :], 1)
+    # Threads that each hold copies of several words get one each.
+    o_w = tl.arange(0, WORDS)
+    b_word = tl.gather(b_word, o_w, 0)
+    b_first, b_local, b_end = NUM_INIT - o_w * 32, first_local - o_w * 32, own_block + 1 - o_w * 32
+    b_word |= (_bits_below(b_first) | ~_bits_below(b_local)) & _bits_below(b_end)
+    # Entry ``n`` is the n-th bit that is set: its word and then its bit, each by bisection.
     o_n = tl.arange(0, NP)
-    o_c = tl.arange(0, 32)
-    b_take = tl.reshape(m_take & (b_key >= 0), [NBP // 32, 32]).to(tl.int32)
-    b_word = tl.sum(b_take << o_c[None, :], 1)
-    b_num = tl.sum(b_take, 1)
+    b_num = _num_bits(b_word)
     b_until = tl.cumsum(b_num, 0)
-    i_word = tl.minimum(tl.sum((b_until[:, None] <= o_n[None, :]).to(tl.int32), 0), NBP // 32 - 1)
-    b_bits = (tl.gather(b_word, i_word, 0)[:, None] >> o_c[None, :]) & 1
+    i_word = tl.zeros([NP], tl.int32)
+    for e in tl.static_range(WORDS.bit_length() - 1):
+        half = WORDS >> (e + 1)
+        i_word += tl.where(tl.gather(b_until, i_word + half - 1, 0) <= o_n, half, 0)
     b_rank = o_n - tl.gather(b_until - b_num, i_word, 0)
-    i_bit = tl.sum((tl.cumsum(b_bits, 1) <= b_rank[:, None]).to(tl.int32), 1)
+    b_word = tl.gather(b_word, i_word, 0)
+    i_bit = tl.zeros([NP], tl.int32)
+    for e in tl.static_range(5):
+        half = 16 >> e
+        b_below = _num_bits(b_word & ((1 << (i_bit + half)) - 1))
+        i_bit += tl.where(b_below <= b_rank, half, 0)
     tl.store(
         indices_ptr + ((q_0 + t) * K + i_k) * N + o_n,
         i_word * 32 + i_bit,
-        mask=(o_n < N) & (o_n < tl.sum(b_num, 0)),
+        mask=(o_n < N) & (o_n <= own_block),
     )
 
 

@@ -71,14 +71,18 @@ def select_blocks(
     indices = torch.full(shape, -1, dtype=torch.int32, device=q.device)
     if q.numel() == 0:
         return indices
-    if hopper_forward.has_scores(q, k_cmp, config.block_size // config.compress_stride):
+    per_block = config.block_size // config.compress_stride
+    padded = max(2, next_power_of_2(per_block))
+    if hopper_forward.has_scores(q, k_cmp, per_block):
         shape, write_scores = hopper_forward.SCORES, hopper_forward.block_scores
     else:
         shape = tile("block_scores", sizes, q)
-        write_scores = partial(_block_scores, shape=shape)
+        shape = shape._replace(BN=max(shape.BN, padded))
+        write_scores = partial(_block_scores, shape=shape, padded=padded)
     tiles = QueryTiles.of(q, cu_seqlens, shape.BM // sizes["GP"])
-    # Rows start where vectors of scores can be read.
-    stride_row = ceil_div(config.num_blocks(q_offset + q.shape[-3]), 16) * 16
+    # Rows hold whole steps, and start where vectors of scores can be read.
+    unit = max(16, shape.BN // padded)
+    stride_row = ceil_div(config.num_blocks(q_offset + q.shape[-3]), unit) * unit
     tile_bytes = tiles.tokens * sizes["K"] * stride_row * 8
     per_chunk = min(tiles.num_tiles, max(1, SCORE_BYTES // tile_bytes))
     # Rows are read in powers of two from one before: there is room behind the last, and before.
@@ -140,21 +144,20 @@ def _block_scores(
     num_tiles: int,
     common: dict[str, Any],
     shape: Tile,
+    padded: int,
 ) -> None:
-    """Writes the sums of a chunk of tiles."""
-    sizes = heads(q, k_cmp)
-    padded = next_power_of_2(common["SELECT"] // common["STRIDE"])
+    """Writes the sums of a chunk of tiles, blocks of ``padded`` keys."""
     launch(
         block_scores_kernel,
-        (num_tiles, sizes["K"]),
+        (num_tiles, k_cmp.shape[-2]),
         q_ptr=q,
         k_ptr=k_cmp,
         lse_ptr=lse,
         T_c=k_cmp.shape[-3],
         scale_log2=softmax_scale * LOG2_E,
-        **sizes,
+        **heads(q, k_cmp),
         SP=padded,
-        **shape._replace(BN=max(shape.BN, padded))._asdict(),
+        **shape._asdict(),
         **common,
     )
 
