@@ -187,13 +187,16 @@ def _steps(layer: Layer) -> dict[str, list[Launch]]:
     common: dict[str, Any] = {"cu_seqlens": cu_seqlens, "softmax_scale": q.shape[-1] ** -0.5}
     steps: dict[str, list[Launch]] = {}
     for name, weights in (("compress", True), ("mean", False)):
-        for x, dx in ((k, k_cmp), (v, v_cmp)):
-            given = _weights(x, config.compress_block_size) if weights else (None, None, None)
-            where = {"cu_seqlens": cu_seqlens, "kind": "mlp" if weights else "mean", **compress}
-            with recording(steps.setdefault(name, [])):
-                compress_fwd(x, *given, **where)
-            with recording(steps.setdefault(f"{name}-backward", [])):
-                compress_bwd(dx, x, *given, **where)
+        given = [
+            _weights(x, config.compress_block_size) if weights else (None, None, None)
+            for x in (k, v)
+        ]
+        columns = ((k, v), *zip(*given, strict=True))
+        where = {"cu_seqlens": cu_seqlens, "kind": "mlp" if weights else "mean", **compress}
+        with recording(steps.setdefault(name, [])):
+            compress_fwd(*columns, **where)
+        with recording(steps.setdefault(f"{name}-backward", [])):
+            compress_bwd((k_cmp, v_cmp), *columns, **where)
     inputs = (q, k_cmp, v_cmp, k, v, k, v, gates)
     whole = {"config": config, **common}
     with recording(steps.setdefault("forward", [])):

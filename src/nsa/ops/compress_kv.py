@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -122,8 +123,17 @@ def compress_kv_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Compressed blocks of keys and values."""
     options = _options(cu_seqlens, kind, compress_block_size, compress_stride)
+    columns = ((k, v), (pe_k, pe_v), (w1_k, w1_v), (w2_k, w2_v))
     compress = implementation(backend).compress_fwd
-    return compress(k, pe_k, w1_k, w2_k, **options), compress(v, pe_v, w1_v, w2_v, **options)
+    k_cmp, v_cmp = _of_sides(compress, columns, options, backend)
+    return k_cmp, v_cmp
+
+
+def _of_sides(function: Callable, columns: tuple, options: dict, backend: str) -> list:
+    """What a function gives for keys and for values: the kernels take both at once."""
+    if backend == "kernel":
+        return function(*columns, **options)
+    return [function(*side, **options) for side in zip(*columns, strict=True)]
 
 
 def _options(cu_seqlens: Tensor | None, kind: str, block: int, stride: int) -> dict:
@@ -166,9 +176,9 @@ def compress_kv_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the eight tensors; an empty tensor for each weight that is None."""
     options = _options(cu_seqlens, kind, compress_block_size, compress_stride)
+    columns = ((dk_cmp, dv_cmp), (k, v), (pe_k, pe_v), (w1_k, w1_v), (w2_k, w2_v))
     gradients = implementation(backend).compress_bwd
-    dk, *dphi_k = gradients(dk_cmp, k, pe_k, w1_k, w2_k, **options)
-    dv, *dphi_v = gradients(dv_cmp, v, pe_v, w1_v, w2_v, **options)
+    (dk, *dphi_k), (dv, *dphi_v) = _of_sides(gradients, columns, options, backend)
     return dk, dv, *dphi_k, *dphi_v
 
 

@@ -60,7 +60,9 @@ def reachable(x: Tensor, q: Tensor, q_offset: int, block: int, stride: int) -> T
     there times a probability of 0 would be a NaN.
     """
     if q.dim() == 4:
-        x = x[:, : max(0, (q_offset + q.shape[1] - block) // stride + 1)]
+        visible = max(0, (q_offset + q.shape[1] - block) // stride + 1)
+        # Where all are visible a slice would cost the host as much as an operation.
+        x = x if visible >= x.shape[1] else x[:, :visible]
     return x.contiguous()
 
 
