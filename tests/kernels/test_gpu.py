@@ -148,10 +148,10 @@ def test_long_cases_match_the_reference_in_float64(case, dtype):
     def truth(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates):
         plain = {"backend": "reference", **where}
         o_cmp, _ = ops.compressed_attention(q, k_cmp, v_cmp, **compress, **plain)
-        o_slc, _ = ops.selected_attention(
+        o_slc = ops.selected_attention(
             q, k_slc, v_slc, chosen, block_size=PAPER.block_size, **plain
         )
-        o_win, _ = ops.window_attention(q, k_win, v_win, window_size=PAPER.window_size, **plain)
+        o_win = ops.window_attention(q, k_win, v_win, window_size=PAPER.window_size, **plain)
         return sum(gates[..., i, None] * o for i, o in enumerate((o_cmp, o_slc, o_win)))
 
     def tested(*values):

@@ -2,7 +2,8 @@
 
 Triton waits for every product before the softmax that follows it. Here the product with values of
 one tile of keys runs while the softmax of the next is taken, and the two warp groups fill each
-other's gaps. Keys are walked from the last to the first, so that masks come first.
+other's gaps. Keys are walked from the last to the first, so that masks come first. Keys and values
+have rings of their own: keys are free as soon as their product is, values a step later.
 
 Copies do not stop at the last key that a tile sees. What follows has weight 0, so slots that no
 sequence uses must be finite. See ``nsa.kernels.hopper_tiles``.
@@ -18,7 +19,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa.kernels.hopper_tiles import barrier, exp2, pack, tile_steps, unpack
+from nsa.kernels.hopper_tiles import (
+    WIDE_32,
+    WIDE_64,
+    barrier,
+    exp2,
+    pack,
+    tile_steps,
+    unpack,
+    widen,
+)
 from nsa.kernels.tiles import num_visible
 
 
@@ -39,15 +49,16 @@ def _producer(
     STAGES: gl.constexpr,
     PACKED: gl.constexpr,
 ):
-    """A place of the ring takes keys of one tile and the values of the tile before it."""
+    """Keys of one tile, then the values of the tile before it."""
     q_s, k_s, v_s, bars = ring
     COLUMNS: gl.constexpr = q_s.shape[2]
     PIECES: gl.constexpr = DK // COLUMNS
     q_desc, k_desc, v_desc = descriptors
-    q_full, q_empty, full, empty = bars
+    q_full, q_empty, full, empty, v_full, v_empty = bars
     K_BYTES: gl.constexpr = PIECES * k_desc.block_type.nbytes
     V_BYTES: gl.constexpr = v_desc.block_type.nbytes
     i_copy = 0
+    i_value = 0
     q_phase = 0
     for i_flat in range(gl.program_id(0), num_tiles * K, gl.num_programs(0)):
         i_k, t_0, q_0, c_0, _, _, steps, _ = tile_steps(
@@ -62,23 +73,25 @@ def _producer(
             )
         q_phase = q_phase ^ 1
         for j in range(gl.where(steps > 0, steps + 1, 0)):
-            i_s = i_copy % STAGES
             row = c_0 + (steps - 1 - j) * BN
             has_k = j < steps
             has_v = j > 0
-            mbarrier.wait(empty.index(i_s), ((i_copy // STAGES) & 1) ^ 1)
-            mbarrier.expect(full.index(i_s), K_BYTES, pred=j == 0)
-            mbarrier.expect(full.index(i_s), K_BYTES + V_BYTES, pred=has_k & has_v)
-            mbarrier.expect(full.index(i_s), V_BYTES, pred=j == steps)
+            i_s = i_copy % STAGES
+            mbarrier.wait(empty.index(i_s), ((i_copy // STAGES) & 1) ^ 1, pred=has_k)
+            mbarrier.expect(full.index(i_s), K_BYTES, pred=has_k)
             for h in gl.static_range(PIECES):
                 place = k_s.index(i_s * PIECES + h)
                 tma.async_copy_global_to_shared(
                     k_desc, [row, i_k * DK + h * COLUMNS], full.index(i_s), place, pred=has_k
                 )
+            i_copy += gl.where(has_k, 1, 0)
+            i_v = i_value % STAGES
+            mbarrier.wait(v_empty.index(i_v), ((i_value // STAGES) & 1) ^ 1, pred=has_v)
+            mbarrier.expect(v_full.index(i_v), V_BYTES, pred=has_v)
             tma.async_copy_global_to_shared(
-                v_desc, [row + BN, i_k * DV], full.index(i_s), v_s.index(i_s), pred=has_v
+                v_desc, [row + BN, i_k * DV], v_full.index(i_v), v_s.index(i_v), pred=has_v
             )
-            i_copy += 1
+            i_value += gl.where(has_v, 1, 0)
 
 
 @gluon.jit
@@ -126,22 +139,22 @@ def _step(
     """Softmax of tile ``j`` while the product with values of tile ``j - 1`` runs."""
     queries, k_s, v_s, bars = ring
     b_p, b_m, b_l, b_alpha, b_acc = state
-    _, _, full, empty = bars
+    _, _, full, empty, v_full, v_empty = bars
     i_s = i_copy % STAGES
+    i_v = (i_copy - 1) % STAGES
     i_n = (i_copy + 1) % STAGES
     b_s = _logits(queries, k_s, i_s, zero)
     b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, b_acc.type.layout))[:, None]
-    b_acc = warpgroup_mma(unpack(b_p, v_s.dtype, p_layout), v_s.index(i_s), b_acc, is_async=True)
+    mbarrier.wait(v_full.index(i_v), ((i_copy - 1) // STAGES) & 1)
+    b_acc = warpgroup_mma(unpack(b_p, v_s.dtype, p_layout), v_s.index(i_v), b_acc, is_async=True)
     b_s = warpgroup_mma_wait(1, deps=(b_s,))
     b_e, b_m, b_l, b_alpha = _softmax(
         b_s, b_m, b_l, scale_log2, (steps - 1 - j) * BN, b_visible, o_n, MASKED
     )
-    # The place of the step before is given back only here: next to the wait, its barrier costs
-    # nothing. The wait for a copy keeps ptxas from moving the wait for the product up, before the
-    # exponentials.
-    mbarrier.arrive(empty.index((i_copy - 1) % STAGES), count=1)
-    mbarrier.wait(full.index(i_n), ((i_copy + 1) // STAGES) & 1)
+    mbarrier.arrive(empty.index(i_s), count=1)
+    mbarrier.wait(full.index(i_n), ((i_copy + 1) // STAGES) & 1, pred=j + 1 < steps)
     b_acc = warpgroup_mma_wait(0, deps=(b_acc,))
+    mbarrier.arrive(v_empty.index(i_v), count=1)
     return pack(b_e, v_s.dtype), b_m, b_l, b_alpha, b_acc
 
 
@@ -166,19 +179,19 @@ def _consumer(
     """One warp group: rows ``ROW`` to ``ROW + 64`` of every tile."""
     q_s, k_s, v_s, bars = ring
     o_ptr, lse_ptr, scale_log2 = out
-    q_full, q_empty, full, empty = bars
+    q_full, q_empty, full, empty, v_full, v_empty = bars
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
+    out_layout: gl.constexpr = WIDE_64 if DV == 128 else WIDE_32
     zero = gl.zeros([64, BN], gl.float32, s_layout)
     o_n = gl.arange(0, BN, gl.SliceLayout(0, s_layout))
     o_m = ROW + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
     PIECES: gl.constexpr = q_s.shape[0]
-    # Short steps leave the registers, and reading queries for each of them would take as long as
-    # their products.
-    HELD: gl.constexpr = BN < 128
+    queries = ()
+    for h in gl.static_range(PIECES):
+        queries = queries + (q_s.index(h).slice(ROW, 64),)
     i_copy = 0
     q_phase = 0
     for i_flat in range(gl.program_id(0), num_tiles * K, gl.num_programs(0)):
@@ -192,21 +205,18 @@ def _consumer(
         b_acc = gl.zeros([64, DV], gl.float32, o_layout)
         mbarrier.wait(q_full, q_phase)
         q_phase = q_phase ^ 1
-        queries = ()
-        for h in gl.static_range(PIECES):
-            b_q = q_s.index(h).slice(ROW, 64)
-            queries = queries + (b_q.load(q_layout) if HELD else b_q,)
         if steps > 0:
             i_s = i_copy % STAGES
             mbarrier.wait(full.index(i_s), (i_copy // STAGES) & 1)
             b_s = _logits(queries, k_s, i_s, zero)
             b_s = warpgroup_mma_wait(0, deps=(b_s,))
+            mbarrier.arrive(empty.index(i_s), count=1)
             b_e, b_m, b_l, b_alpha = _softmax(
                 b_s, b_m, b_l, scale_log2, (steps - 1) * BN, b_visible, o_n, True
             )
             b_p = pack(b_e, q_s.dtype)
             i_copy += 1
-            mbarrier.wait(full.index(i_copy % STAGES), (i_copy // STAGES) & 1)
+            mbarrier.wait(full.index(i_copy % STAGES), (i_copy // STAGES) & 1, pred=steps > 1)
             mine = (queries, k_s, v_s, bars)
             state = (b_p, b_m, b_l, b_alpha, b_acc)
             for j in range(1, masked):
@@ -223,15 +233,14 @@ def _consumer(
                 i_copy += 1
             b_p, b_m, b_l, b_alpha, b_acc = state
             mbarrier.arrive(q_empty, count=1)
-            mbarrier.arrive(empty.index((i_copy - 1) % STAGES), count=1)
-            i_s = i_copy % STAGES
+            i_v = (i_copy - 1) % STAGES
+            mbarrier.wait(v_full.index(i_v), ((i_copy - 1) // STAGES) & 1)
             b_o = b_acc * gl.convert_layout(b_alpha, row_layout)[:, None]
             b_o = warpgroup_mma(
-                unpack(b_p, q_s.dtype, p_layout), v_s.index(i_s), b_o, is_async=True
+                unpack(b_p, q_s.dtype, p_layout), v_s.index(i_v), b_o, is_async=True
             )
             b_o = warpgroup_mma_wait(0, deps=(b_o,))
-            mbarrier.arrive(empty.index(i_s), count=1)
-            i_copy += 1
+            mbarrier.arrive(v_empty.index(i_v), count=1)
         else:
             b_o = b_acc
             mbarrier.arrive(q_empty, count=1)
@@ -239,10 +248,11 @@ def _consumer(
         gl.store(lse_ptr + p_row, (b_m + gl.log2(b_l)) * 0.6931471805599453, mask=o_t < n_q)
         b_inv = 1.0 / gl.where(b_l == 0.0, 1.0, b_l)
         b_o = b_o * gl.convert_layout(b_inv, row_layout)[:, None]
-        o_d = gl.arange(0, DV, gl.SliceLayout(0, o_layout))
-        p_o = o_ptr + gl.convert_layout(p_row, row_layout)[:, None] * DV + o_d[None, :]
-        m_o = gl.convert_layout((o_t < n_q).to(gl.int32), row_layout) != 0
-        gl.store(p_o, b_o.to(q_s.dtype), mask=m_o[:, None])
+        out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
+        o_d = gl.arange(0, DV // 2, gl.SliceLayout(0, out_layout))
+        p_o = gl.convert_layout(p_row, out_rows)[:, None] * (DV // 2) + o_d[None, :]
+        m_o = gl.convert_layout((o_t < n_q).to(gl.int32), out_rows)[:, None] != 0
+        gl.store(o_ptr + p_o, widen(pack(b_o, q_s.dtype)), mask=m_o)
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "num_seqs", "T_q", "T_c", "q_offset"])
@@ -288,17 +298,21 @@ def hopper_attention_fwd_kernel(
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
     barrier()
-    bars = (q_full, q_empty, full, empty)
+    bars = (q_full, q_empty, full, empty, v_full, v_empty)
     tiles = (cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_c, q_offset)
     ring = (q_s, k_s, v_s, bars)
-    out = (o_ptr, lse_ptr, scale_log2)
+    out = (o_ptr.to(gl.pointer_type(gl.int32)), lse_ptr, scale_log2)  # Written as pairs.
     gl.warp_specialize(
         [
             (_consumer, (

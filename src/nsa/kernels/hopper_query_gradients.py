@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa.kernels.hopper_tiles import barrier, exp2
+from nsa.kernels.hopper_tiles import WIDE_32, WIDE_64, barrier, exp2, pack, widen
 from nsa.kernels.tiles import locate_tile, num_visible
 
 BM = gl.constexpr(128)  # Query rows of a tile: 64 for each warpgroup.
@@ -282,13 +282,15 @@ def _consumer(
                 start = start_next
                 bits = bits_next
         mbarrier.arrive(q_empty, count=1)
-        o_d = gl.arange(0, key_dim, gl.SliceLayout(0, dq_layout))
-        row = gl.convert_layout(p_row, gl.SliceLayout(1, dq_layout))
-        keep = gl.convert_layout((o_t < n_q).to(gl.int32), gl.SliceLayout(1, dq_layout)) != 0
-        p_dq = dq_ptr + row[:, None] * (pieces * key_dim) + o_d[None, :]
+        out_layout: gl.constexpr = WIDE_64 if key_dim == 128 else WIDE_32
+        out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
+        o_d = gl.arange(0, key_dim // 2, gl.SliceLayout(0, out_layout))
+        p_out = gl.convert_layout(p_row, out_rows)[:, None] * (pieces * key_dim // 2) + o_d[None, :]
+        keep = gl.convert_layout((o_t < n_q).to(gl.int32), out_rows)[:, None] != 0
+        p_dq = dq_ptr.to(gl.pointer_type(gl.int32)) + p_out  # Written as pairs.
         for h in gl.static_range(pieces):
-            b_dq = (dq[h] * scale).to(dq_ptr.dtype.element_ty)
-            gl.store(p_dq + h * key_dim, b_dq, mask=keep[:, None])
+            b_dq = widen(pack(dq[h] * scale, dq_ptr.dtype.element_ty))
+            gl.store(p_dq + h * (key_dim // 2), b_dq, mask=keep)
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "num_seqs", "T_q", "T_k", "T_c", "q_offset", "window"])

@@ -15,11 +15,101 @@ from nsa.kernels.tiles import locate_tile, num_visible
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 
+def _rows(pairs: int, swaps: int) -> gl.constexpr:
+    """Where ``[64, pairs]`` 32-bit values lie that ``pack`` made of a warp group's accumulator.
+
+    Of every quad of threads, one has values 0, 4, 8, .. of two rows. Swapping two bits of the
+    column between threads and registers gives each 4 neighbours, 16 bytes.
+    """
+    columns = [[0, 1 << i] for i in range((pairs - 1).bit_length())]
+    for i in range(swaps):
+        columns[i], columns[i + 2] = columns[i + 2], columns[i]
+    registers = [*columns[2 : 2 + swaps], [8, 0], *columns[2 + swaps :]]
+    return gl.constexpr(
+        gl.DistributedLinearLayout(
+            reg_bases=registers,
+            lane_bases=[*columns[:2], [1, 0], [2, 0], [4, 0]],
+            warp_bases=[[16, 0], [32, 0]],
+            block_bases=[],
+            shape=[64, pairs],
+        )
+    )
+
+
+# One swap at a time is made by shuffles; two would go through shared memory.
+NARROW_32, HALFWAY_32, WIDE_32 = (_rows(32, swaps) for swaps in range(3))
+NARROW_64, HALFWAY_64, WIDE_64 = (_rows(64, swaps) for swaps in range(3))
+
+
+@gluon.jit
+def _keep(x):
+    """``x``; two conversions with this in between stay two."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def widen(b_x):
+    """Packed values as ``store`` writes them 16 bytes at a time."""
+    PAIRS: gl.constexpr = b_x.shape[1]
+    b_x = gl.convert_layout(b_x, HALFWAY_64 if PAIRS == 64 else HALFWAY_32)
+    return gl.convert_layout(_keep(b_x), WIDE_64 if PAIRS == 64 else WIDE_32)
+
+
+@gluon.jit
+def narrow(b_x):
+    """The reverse of ``widen``."""
+    PAIRS: gl.constexpr = b_x.shape[1]
+    b_x = gl.convert_layout(b_x, HALFWAY_64 if PAIRS == 64 else HALFWAY_32)
+    return gl.convert_layout(_keep(b_x), NARROW_64 if PAIRS == 64 else NARROW_32)
+
+
 @gluon.jit
 def exp2(x):
     """Flushes denormals, which saves three instructions."""
     return gl.inline_asm_elementwise(
         "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+def _unless_one(values: int) -> gl.constexpr:
+    """PTX that multiplies ``values`` of a thread by as many factors, or skips that if all are 1.
+
+    The factors are those of two rows, in turns of two values.
+    """
+    factors = range(2 * values, 3 * values)
+    lines = [f"mov.f32 ${i}, ${i + values};" for i in range(values)]
+    lines += [f"setp.eq.f32 p, ${factors[0]}, 0f3F800000;"]
+    lines += [f"setp.eq.and.f32 p, ${factors[2]}, 0f3F800000, p;"]
+    lines += ["vote.sync.all.pred p, p, 0xFFFFFFFF;", "@p bra DONE;"]
+    lines += [f"mul.f32 ${i}, ${i}, ${factors[i]};" for i in range(values)]
+    return gl.constexpr("{ .reg .pred p; " + " ".join(lines) + " DONE: }")
+
+
+def _operands(values: int) -> gl.constexpr:
+    return gl.constexpr(",".join(["=&f"] * values + ["f"] * (2 * values)))
+
+
+RESCALE_32, RESCALE_64 = _unless_one(32), _unless_one(64)
+OPERANDS_32, OPERANDS_64 = _operands(32), _operands(64)
+
+
+@gluon.jit
+def rescale(b_acc, b_alpha):
+    """``b_acc * b_alpha[:, None]`` of an accumulator of 64 rows, skipped where that is ``b_acc``.
+
+    It branches, so no ``wgmma`` may be in flight, and it stays where it stands.
+    """
+    b_alpha = gl.convert_layout(b_alpha, gl.SliceLayout(1, b_acc.type.layout))[:, None]
+    _, b_alpha = gl.broadcast(b_acc, b_alpha)
+    return gl.inline_asm_elementwise(
+        RESCALE_64 if b_acc.shape[1] == 128 else RESCALE_32,
+        OPERANDS_64 if b_acc.shape[1] == 128 else OPERANDS_32,
+        [b_acc, b_alpha],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=64 if b_acc.shape[1] == 128 else 32,
     )
 
 

@@ -22,13 +22,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa.kernels.hopper_tiles import barrier, exp2, pack, unpack
+from nsa.kernels.hopper_tiles import (
+    WIDE_32,
+    WIDE_64,
+    barrier,
+    exp2,
+    narrow,
+    pack,
+    rescale,
+    unpack,
+    widen,
+)
 from nsa.kernels.tiles import locate_tile
 
 BM = gl.constexpr(128)  # Query rows of a tile: 64 for each warp group.
 BN = gl.constexpr(64)  # Keys of a step: a selection block.
 # Below every logit, yet finite: the difference of two is 0.
 LOWEST = gl.constexpr(-3.0e38)
+# How far, as a power of two, a logit may exceed what is subtracted before the exponential.
+SLACK = gl.constexpr(8.0)
 
 # Entries of SHAPE, what is compiled in.
 G = gl.constexpr(0)
@@ -175,9 +187,9 @@ def _step(
     for h in gl.static_range(pieces):
         k = k_s.index(i_s * pieces + h).permute((1, 0))
         b_s = warpgroup_mma(b_q[h], k, b_s, use_acc=h > 0, is_async=True)
-    b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, b_acc.type.layout))[:, None]
     b_s = warpgroup_mma_wait(0, deps=(b_s,))
     # No branch may lie between the product with values and the wait for it.
+    b_acc = rescale(b_acc, b_alpha)
     if masked:
         age = (b_age[:, None] - o_n[None, :]).to(gl.uint32, bitcast=True)
         b_s = gl.where(age < reach.to(gl.uint32, bitcast=True), b_s, float("-inf"))
@@ -185,7 +197,9 @@ def _step(
     b_acc = warpgroup_mma(
         unpack(b_p, half, p_layout), v_s.index(i_v % stages), b_acc, is_async=True
     )
-    b_m_new = gl.maximum(b_m, gl.where(b_in, gl.max(b_s, 1) * scale_log2, LOWEST))
+    # What is subtracted need not be the maximum, only near it: it mostly stays, and so do the sums.
+    b_max = gl.where(b_in, gl.max(b_s, 1) * scale_log2, LOWEST)
+    b_m_new = gl.where(b_max > b_m + SLACK, b_max, b_m)
     b_sub = gl.where(b_in, b_m_new, float("inf"))
     b_e = exp2(b_s * scale_log2 - b_sub[:, None])
     b_alpha = exp2(b_m - b_m_new)
@@ -198,9 +212,9 @@ def _step(
 
 
 @gluon.jit
-def _gate(gates_ptr, p_row, i, mask):
-    """Gate ``i`` of rows, as a column."""
-    return gl.load(gates_ptr + p_row * 3 + i, mask=mask, other=0.0).to(gl.float32)[:, None]
+def _gate(gates_ptr, p_gate, mask):
+    """A gate of each row, as a column."""
+    return gl.load(gates_ptr + p_gate, mask=mask, other=0.0).to(gl.float32)[:, None]
 
 
 @gluon.jit
@@ -228,7 +242,9 @@ def _consumer(
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     nothing = pack(gl.zeros([64, BN], gl.float32, s_layout), half)
     o_m = ROW + gl.arange(0, 64, rows)
-    o_d = gl.arange(0, dim, gl.SliceLayout(0, o_layout))
+    out_layout: gl.constexpr = WIDE_64 if dim == 128 else WIDE_32
+    out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
+    o_d = gl.arange(0, dim // 2, gl.SliceLayout(0, out_layout))
     i_copy = 0
     q_phase = 0
     for i_flat in range(gl.program_id(0), tiles[2] * tiles[4], gl.num_programs(0)):
@@ -295,30 +311,32 @@ def _consumer(
                 b_o = b_acc
             b_inv = 1.0 / gl.where(b_l == 0.0, 1.0, b_l)
             b_o = b_o * gl.convert_layout(b_inv, o_rows)[:, None]
-            p_out = _here(gl.convert_layout(p_row, o_rows))
-            p_o = p_out[:, None] * dim + o_d[None, :]
-            m_row = gl.convert_layout((o_t < n_q).to(gl.int32), o_rows) != 0
-            m_o = m_row[:, None]
+            p_out = _here(gl.convert_layout(p_row, out_rows))
+            p_o = p_out[:, None] * (dim // 2) + o_d[None, :]
+            m_o = gl.convert_layout((o_t < n_q).to(gl.int32), out_rows)[:, None] != 0
             if SHAPE[SAVE]:
                 lse = (b_m + gl.log2(b_l)) * 0.6931471805599453
                 if branch == 0:
-                    gl.store(o_slc_ptr + p_o, b_o.to(half), mask=m_o)
+                    gl.store(o_slc_ptr + p_o, widen(pack(b_o, half)), mask=m_o)
                     gl.store(lse_slc_ptr + p_row, lse, mask=o_t < n_q)
                 else:
-                    gl.store(o_win_ptr + p_o, b_o.to(half), mask=m_o)
+                    gl.store(o_win_ptr + p_o, widen(pack(b_o, half)), mask=m_o)
                     gl.store(lse_win_ptr + p_row, lse, mask=o_t < n_q)
             elif branch == 0:
                 # Kept in memory while the window runs.
-                gl.store(o_ptr + p_o, b_o.to(half), mask=m_o)
+                gl.store(o_ptr + p_o, widen(pack(b_o, half)), mask=m_o)
             if SHAPE[COMBINE] and branch == 1:
-                p_slc = o_slc_ptr if SHAPE[SAVE] else o_ptr
-                b_o = b_o * _gate(gates_ptr, p_out, 2, m_row)
-                b_x = gl.load(o_cmp_ptr + p_o, mask=m_o, other=0.0).to(gl.float32)
-                b_o += _gate(gates_ptr, p_out, 0, m_row) * b_x
+                p_gate = _here(gl.convert_layout(p_row, o_rows)) * 3
+                m_row = gl.convert_layout((o_t < n_q).to(gl.int32), o_rows) != 0
+                b_cmp = gl.load(o_cmp_ptr + p_o, mask=m_o, other=0)
                 # Each thread reads back what it wrote itself.
-                b_x = gl.load(p_slc + p_o, mask=m_o, other=0.0).to(gl.float32)
-                b_o += _gate(gates_ptr, p_out, 1, m_row) * b_x
-                gl.store(o_ptr + p_o, b_o.to(half), mask=m_o)
+                b_slc = gl.load((o_slc_ptr if SHAPE[SAVE] else o_ptr) + p_o, mask=m_o, other=0)
+                b_o = b_o * _gate(gates_ptr, p_gate + 2, m_row)
+                b_x = unpack(narrow(b_cmp), half, o_layout).to(gl.float32)
+                b_o += _gate(gates_ptr, p_gate, m_row) * b_x
+                b_x = unpack(narrow(b_slc), half, o_layout).to(gl.float32)
+                b_o += _gate(gates_ptr, p_gate + 1, m_row) * b_x
+                gl.store(o_ptr + p_o, widen(pack(b_o, half)), mask=m_o)
 
 
 @gluon.jit(
@@ -389,7 +407,10 @@ def hopper_token_attention_fwd_kernel(
         cu_seqlens_ptr, tile_offsets_ptr, num_tiles, num_seqs, K, T_q, T_k, q_offset, window
     )  # fmt: skip
     lists = (blocks_ptr, bits_ptr, counts_ptr, num_entries)
-    outs = (o_ptr, o_slc_ptr, o_win_ptr, lse_slc_ptr, lse_win_ptr)
+    # Outputs are written, and read, as pairs.
+    pair: gl.constexpr = gl.pointer_type(gl.int32)
+    outs = (o_ptr.to(pair), o_slc_ptr.to(pair), o_win_ptr.to(pair), lse_slc_ptr, lse_win_ptr)
+    o_cmp_ptr = o_cmp_ptr.to(pair)
     keys = (k_slc_desc, v_slc_desc, k_win_desc, v_win_desc)
     gl.warp_specialize(
         [

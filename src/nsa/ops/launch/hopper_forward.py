@@ -98,16 +98,9 @@ def _layout(bits: int, rank: int) -> gl.NVMMASharedLayout:
 
 
 def attention_tile(key_dim: int, value_dim: int) -> HopperTile:
-    """The tile of compressed attention: steps of 128 keys, or of 64 where those do not fit.
-
-    Places of the ring are given back a step late and are shared by two warp groups that are half a
-    step apart, so fewer than three would leave no time for a copy.
-    """
+    """The tile of compressed attention: steps of 128 keys, and what the queries leave for rings."""
     free = SHARED_MEMORY - ATTENTION_ROWS * key_dim * 2
-    key_bytes = (key_dim + value_dim) * 2
-    if free >= 3 * 128 * key_bytes:
-        return HopperTile(ATTENTION_ROWS, 128, 3)
-    return HopperTile(ATTENTION_ROWS, 64, free // (64 * key_bytes))
+    return HopperTile(ATTENTION_ROWS, 128, min(3, free // (128 * (key_dim + value_dim) * 2)))
 
 
 def attention_fwd(

@@ -6,12 +6,12 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.kernels.hopper_key_gradients import COMPRESSED, SELECTED, WINDOW
-from nsa.ops.launch.hopper_forward import descriptor
+from nsa.ops.launch.hopper_forward import START, descriptor
 from nsa.ops.launch.tuned import capability
 
 KEYS = 128  # Of a tile: 64 for each of two warpgroups. Selected blocks have 64.
 BM = 32  # Query rows of a step; 64 do not fit the registers.
-WIDE = 192  # The key dim whose sums take so many registers that the kernel works otherwise.
+MAX_STAGES = 8
 
 
 def applies(q: Tensor, v: Tensor, sizes: dict[str, int]) -> bool:
@@ -19,24 +19,17 @@ def applies(q: Tensor, v: Tensor, sizes: dict[str, int]) -> bool:
     return (
         capability(q) == 9
         and q.element_size() == 2
-        and q.shape[-1] in (64, 128, WIDE)
+        and q.shape[-1] in (64, 128, 192)
         and v.shape[-1] in (64, 128)
         and sizes["G"] in (8, 16, 32)
     )
 
 
-def has_window(sizes: dict[str, int]) -> bool:
-    """Whether the kernel is faster for a window too than the plain one, which pads head dims."""
-    return sizes["DK"] == WIDE
-
-
 def stages(sizes: dict[str, int], key_tiles: int) -> int:
     """Buffers of the ring: an even number, as many as help and fit."""
-    # Steps of a range then find no registers for the bookkeeping of more.
-    most = 4 if sizes["DK"] == WIDE and key_tiles == 2 else 6
-    step = BM * (sizes["DK"] + sizes["DV"]) * 2
+    step = BM * ((sizes["DK"] + sizes["DV"]) * 2 + 16)  # 16: what is known of a row.
     keys = key_tiles * 64 * (sizes["DK"] + sizes["DV"]) * 2
-    return min(most, (220 * 1024 - keys) // step // 2 * 2)
+    return min(MAX_STAGES, (220 * 1024 - keys) // step // 2 * 2)
 
 
 def descriptors(
@@ -67,4 +60,4 @@ def _arguments(sizes: dict[str, int], ring: int, stride: int, block: int, mode: 
     """``SHAPE`` is in the order of the kernels' entries of it."""
     pieces = (sizes["DK"] // 64, sizes["DV"] // 64)
     shape = (sizes["H"], sizes["G"], *pieces, BM, ring, stride, block, mode)
-    return {"K": sizes["K"], "SHAPE": shape, "num_warps": 4}
+    return {"K": sizes["K"], "SHAPE": shape, **START}

@@ -74,7 +74,7 @@ def range_dkv(
     q = rows.q
     sizes = heads(q, branch.k, branch.v)
     shape = tile("range_dkv", sizes, q)
-    on_hopper = hopper.applies(q, branch.v, sizes) and (compressed or hopper.has_window(sizes))
+    on_hopper = hopper.applies(q, branch.v, sizes)
     keys = hopper.KEYS if on_hopper else shape.BN
     block, stride = (
         (geometry.compress_block_size, geometry.compress_stride) if compressed else (1, 1)
@@ -84,9 +84,11 @@ def range_dkv(
         segment = segment_size(q.shape[-3], ceil_div(branch.k.numel(), keys * sizes["DK"]))
         num_parts = ceil_div(q.shape[-3], segment)
     dtype = torch.float32 if compressed else q.dtype
-    # Slots no sequence fills, and keys no query reaches, keep a gradient of zero.
-    whole = geometry.cu_seqlens is None and not compressed
-    make = torch.empty if whole and q.shape[-3] == branch.k.shape[-3] else torch.zeros
+    # Programs write all keys of their tiles, but slots no sequence fills, and keys behind those
+    # that queries reach, keep a gradient of zero.
+    reached = (geometry.q_offset + q.shape[-3] - block) // stride + 1
+    whole = q.numel() and geometry.cu_seqlens is None and branch.k.shape[-3] == reached
+    make = torch.empty if whole else torch.zeros
     dk = make(num_parts, *branch.k.shape, dtype=dtype, device=q.device)
     dv = make(num_parts, *branch.v.shape, dtype=dtype, device=q.device)
     if q.numel() and branch.k.numel():
