@@ -23,6 +23,7 @@ from nsa.kernels.hopper_tiles import (
     WIDE_32,
     WIDE_64,
     barrier,
+    barriers,
     exp2,
     pack,
     tile_steps,
@@ -294,19 +295,9 @@ def hopper_attention_fwd_kernel(
     q_s = gl.allocate_shared_memory(q_desc.dtype, [PIECES, BM, COLUMNS], k_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES * PIECES, BN, COLUMNS], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BN, DV], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+    q_full, q_empty = barriers(1, 1).index(0), barriers(1, 2).index(0)
+    full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     fence_async_shared()
     barrier()
     bars = (q_full, q_empty, full, empty, v_full, v_empty)

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa.kernels.hopper_tiles import barrier
+from nsa.kernels.hopper_tiles import barrier, barriers
 from nsa.kernels.tiles import find_range, locate_tile
 
 # Registers of a thread of the second warpgroup and of the warp that copies; the first one gets the
@@ -286,7 +286,6 @@ def _run(k_desc, v_desc, key_row, source, outs, masked, steps, n_0, SHAPE: gl.co
     half: gl.constexpr = k_desc.dtype
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    bar: gl.constexpr = mbarrier.MBarrierLayout()
     k_s = gl.allocate_shared_memory(half, [parts * PK, 64, 64], tile)
     v_s = gl.allocate_shared_memory(half, [parts * PV, 64, 64], tile)
     q_s = gl.allocate_shared_memory(half, [stages * PK, rows_a_step, 64], tile)
@@ -295,13 +294,9 @@ def _run(k_desc, v_desc, key_row, source, outs, masked, steps, n_0, SHAPE: gl.co
     lse_s = gl.allocate_shared_memory(gl.float32, [stages, rows_a_step], plain)
     delta_s = gl.allocate_shared_memory(gl.float32, [stages, rows_a_step], plain)
     gate_s = gl.allocate_shared_memory(gl.float32, [stages, rows_a_step], plain)
-    full = gl.allocate_shared_memory(gl.int64, [stages, 1], bar)
-    empty = gl.allocate_shared_memory(gl.int64, [stages, 1], bar)
-    keys_full = gl.allocate_shared_memory(gl.int64, [1], bar)
-    for i in gl.static_range(stages):
-        mbarrier.init(full.index(i), count=2)  # The copies and the values.
-        mbarrier.init(empty.index(i), count=parts)  # Of selected blocks one warpgroup reads it.
-    mbarrier.init(keys_full, count=1)
+    keys_full = barriers(1, 1).index(0)
+    full = barriers(stages, 2)  # The copies and the values.
+    empty = barriers(stages, parts)  # Of selected blocks one warpgroup reads it.
     fence_async_shared()
     barrier()
     values_s = (position_s, lse_s, delta_s, gate_s)

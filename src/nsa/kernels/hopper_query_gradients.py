@@ -23,7 +23,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa.kernels.hopper_tiles import WIDE_32, WIDE_64, barrier, exp2, pack, widen
+from nsa.kernels.hopper_tiles import (
+    WIDE_32,
+    WIDE_64,
+    barrier,
+    barriers,
+    exp2,
+    pack,
+    union_entry,
+    widen,
+)
 from nsa.kernels.tiles import locate_tile, num_visible
 
 BM = gl.constexpr(128)  # Query rows of a tile: 64 for each warpgroup.
@@ -151,11 +160,8 @@ def _producer(descs, queries, ring, num_tiles, tiles, union, SHAPE: gl.constexpr
 @gluon.jit
 def _entry(i, count, p_tile, union, SHAPE: gl.constexpr):
     """First key of entry ``i`` of a tile's union list, and a bit for each token that chose it."""
-    m = i < count
-    p_bits = union[1] + p_tile.to(gl.int64) * (SHAPE[U] + 1) + i
-    block = gl.load(union[0] + p_tile.to(gl.int64) * SHAPE[U] + i, mask=m, other=0)
-    bits = gl.load(p_bits + 1, mask=m, other=0) - gl.load(p_bits, mask=m, other=0)
-    return block.to(gl.int32) * BN, bits.to(gl.int32)
+    block, bits = union_entry(i, count, p_tile.to(gl.int64), union[0], union[1], SHAPE[U])
+    return block * BN, bits
 
 
 @gluon.jit
@@ -331,21 +337,13 @@ def hopper_dq_kernel(
     value_dim: gl.constexpr = SHAPE[DV]
     stages: gl.constexpr = SHAPE[STAGES]
     pieces: gl.constexpr = SHAPE[PIECES]
-    bar: gl.constexpr = mbarrier.MBarrierLayout()
     rows: gl.constexpr = [pieces, BM // SHAPE[G], SHAPE[G], key_dim]
     q_s = gl.allocate_shared_memory(q_desc.dtype, rows, q_desc.layout)
     do_s = gl.allocate_shared_memory(do_desc.dtype, do_desc.block_shape, do_desc.layout)
     k_s = gl.allocate_shared_memory(q_desc.dtype, [stages * pieces, BN, key_dim], k_cmp_desc.layout)
     v_s = gl.allocate_shared_memory(q_desc.dtype, [stages, BN, value_dim], v_cmp_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], bar)
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
-    full = gl.allocate_shared_memory(gl.int64, [stages, 1], bar)
-    empty = gl.allocate_shared_memory(gl.int64, [stages, 1], bar)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
-    for i in gl.static_range(stages):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+    q_full, q_empty = barriers(1, 1).index(0), barriers(1, 2).index(0)
+    full, empty = barriers(stages, 1), barriers(stages, 2)
     fence_async_shared()
     barrier()
     descs = (

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa.kernels.hopper_tiles import barrier, exp2, tile_steps
+from nsa.kernels.hopper_tiles import barrier, barriers, exp2, tile_steps
 from nsa.kernels.tiles import num_visible
 
 
@@ -312,11 +312,7 @@ def hopper_scores_kernel(
     PIECES: gl.constexpr = DK // COLUMNS
     q_s = gl.allocate_shared_memory(k_desc.dtype, [2 * PIECES, BM // 2, COLUMNS], k_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES * PIECES, BN, COLUMNS], k_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+    full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
     fence_async_shared()
     barrier()
     tiles = (cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_c, q_offset)

@@ -8,11 +8,21 @@ ones that every group is done with a place of the ring.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from nsa.kernels.tiles import locate_tile, num_visible
 
 # Triton 3.6 and 3.7 name it differently.
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+
+
+@gluon.jit
+def barriers(places: gl.constexpr, arrivals: gl.constexpr):
+    """One for each place of a ring; ``fence_async_shared`` and ``barrier`` follow the last."""
+    bars = gl.allocate_shared_memory(gl.int64, [places, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(places):
+        mbarrier.init(bars.index(i), count=arrivals)
+    return bars
 
 
 def _rows(pairs: int, swaps: int) -> gl.constexpr:
@@ -174,3 +184,16 @@ def tile_steps(
     steps = gl.where(t_0 < n_q, (n_any + BN - 1) // BN, 0)
     masked = gl.maximum(steps - n_all // BN, 0)
     return i_flat % K, t_0, q_0, c_0.to(gl.int32), n_q, n_any, steps, masked
+
+
+@gluon.jit
+def union_entry(j, count, i_list, blocks_ptr, bits_ptr, width):
+    """Block of entry ``j`` of a tile's union list and a bit for each token that chose it, or 0, 0.
+
+    See ``union_blocks_kernel``.
+    """
+    p_block = blocks_ptr + i_list * width + j
+    p_bits = bits_ptr + i_list * (width + 1) + j
+    block = gl.load(p_block, mask=j < count, other=0)
+    bits = gl.load(p_bits + 1, mask=j < count, other=0) - gl.load(p_bits, mask=j < count, other=0)
+    return block.to(gl.int32), bits.to(gl.int32)

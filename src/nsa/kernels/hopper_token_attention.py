@@ -26,10 +26,12 @@ from nsa.kernels.hopper_tiles import (
     WIDE_32,
     WIDE_64,
     barrier,
+    barriers,
     exp2,
     narrow,
     pack,
     rescale,
+    union_entry,
     unpack,
     widen,
 )
@@ -95,12 +97,10 @@ def _entry(branch, j, first, steps, i_list, lists, SHAPE: gl.constexpr):
     key = first + j * BN
     word = gl.to_tensor(-1)
     if SHAPE[SLC] and not SHAPE[ALL]:
-        listed = (branch == 0) & (j < steps)
-        p_bits = bits_ptr + i_list * (width + 1) + j
-        block = gl.load(blocks_ptr + i_list * width + j, mask=listed, other=0)
-        bits = gl.load(p_bits + 1, mask=listed, other=0) - gl.load(p_bits, mask=listed, other=0)
+        listed = gl.where(branch == 0, steps, 0)
+        block, bits = union_entry(j, listed, i_list, blocks_ptr, bits_ptr, width)
         key = gl.where(branch == 0, block * BN, key)
-        word = gl.where(branch == 0, bits.to(gl.int32), word)
+        word = gl.where(branch == 0, bits, word)
     return key, word
 
 
@@ -385,20 +385,12 @@ def hopper_token_attention_fwd_kernel(
     tokens: gl.constexpr = BM // SHAPE[G]
     group: gl.constexpr = SHAPE[G]
     dim: gl.constexpr = SHAPE[DV]
-    bar: gl.constexpr = mbarrier.MBarrierLayout()
     half: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(half, [pieces, tokens, group, columns], q_desc.layout)
     k_s = gl.allocate_shared_memory(half, [stages * pieces, BN, columns], k_slc_desc.layout)
     v_s = gl.allocate_shared_memory(half, [stages, BN, dim], v_slc_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], bar)
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
-    full = gl.allocate_shared_memory(gl.int64, [stages, 1], bar)
-    empty = gl.allocate_shared_memory(gl.int64, [stages, 1], bar)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
-    for i in gl.static_range(stages):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+    q_full, q_empty = barriers(1, 1).index(0), barriers(1, 2).index(0)
+    full, empty = barriers(stages, 1), barriers(stages, 2)
     fence_async_shared()
     barrier()
     memory = (q_s, k_s, v_s)
