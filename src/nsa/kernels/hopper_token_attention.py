@@ -204,7 +204,8 @@ def _step(
     b_e = exp2(b_s * scale_log2 - b_sub[:, None])
     b_alpha = exp2(b_m - b_m_new)
     b_l = b_l * b_alpha + gl.sum(b_e, 1)
-    # As in ``nsa.kernels.hopper_forward``: given back late, next to the wait for the next copy.
+    # Given back here, next to the wait for the next copy, its barrier costs nothing. That wait
+    # keeps ptxas from moving the one for the product up, before the exponentials.
     mbarrier.arrive(empty.index(gl.maximum(i_free, 0) % stages), count=1, pred=i_free >= 0)
     mbarrier.wait(full.index((i_copy + 1) % stages), ((i_copy + 1) // stages) & 1, pred=more)
     b_acc = warpgroup_mma_wait(0, deps=(b_acc,))

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa.kernels.hopper_forward import hopper_attention_fwd_kernel
+from nsa.kernels.hopper_compressed_attention import hopper_attention_fwd_kernel
 from nsa.kernels.hopper_scores import hopper_scores_kernel
 from nsa.kernels.hopper_token_attention import hopper_token_attention_fwd_kernel
 from nsa.ops.launch.tiles import LOG2_E, QueryTiles, launch, next_power_of_2, reachable

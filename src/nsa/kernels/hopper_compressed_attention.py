@@ -152,6 +152,7 @@ def _step(
     b_e, b_m, b_l, b_alpha = _softmax(
         b_s, b_m, b_l, scale_log2, (steps - 1 - j) * BN, b_visible, o_n, MASKED
     )
+    # The waits for copies keep ptxas from moving those for products up, before the exponentials.
     mbarrier.arrive(empty.index(i_s), count=1)
     mbarrier.wait(full.index(i_n), ((i_copy + 1) // STAGES) & 1, pred=j + 1 < steps)
     b_acc = warpgroup_mma_wait(0, deps=(b_acc,))
