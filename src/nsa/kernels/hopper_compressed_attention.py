@@ -20,14 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa.kernels.hopper_tiles import (
-    WIDE_32,
-    WIDE_64,
     barrier,
     barriers,
     exp2,
     pack,
     tile_steps,
     unpack,
+    wide_places,
     widen,
 )
 from nsa.kernels.tiles import num_visible
@@ -186,7 +185,6 @@ def _consumer(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
-    out_layout: gl.constexpr = WIDE_64 if DV == 128 else WIDE_32
     zero = gl.zeros([64, BN], gl.float32, s_layout)
     o_n = gl.arange(0, BN, gl.SliceLayout(0, s_layout))
     o_m = ROW + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
@@ -250,10 +248,7 @@ def _consumer(
         gl.store(lse_ptr + p_row, (b_m + gl.log2(b_l)) * 0.6931471805599453, mask=o_t < n_q)
         b_inv = 1.0 / gl.where(b_l == 0.0, 1.0, b_l)
         b_o = b_o * gl.convert_layout(b_inv, row_layout)[:, None]
-        out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
-        o_d = gl.arange(0, DV // 2, gl.SliceLayout(0, out_layout))
-        p_o = gl.convert_layout(p_row, out_rows)[:, None] * (DV // 2) + o_d[None, :]
-        m_o = gl.convert_layout((o_t < n_q).to(gl.int32), out_rows)[:, None] != 0
+        p_o, m_o = wide_places(p_row, o_t < n_q, DV // 2, DV // 2)
         gl.store(o_ptr + p_o, widen(pack(b_o, q_s.dtype)), mask=m_o)
 
 

@@ -24,13 +24,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa.kernels.hopper_tiles import (
-    WIDE_32,
-    WIDE_64,
     barrier,
     barriers,
     exp2,
     pack,
     union_entry,
+    wide_places,
     widen,
 )
 from nsa.kernels.tiles import locate_tile, num_visible
@@ -288,11 +287,7 @@ def _consumer(
                 start = start_next
                 bits = bits_next
         mbarrier.arrive(q_empty, count=1)
-        out_layout: gl.constexpr = WIDE_64 if key_dim == 128 else WIDE_32
-        out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
-        o_d = gl.arange(0, key_dim // 2, gl.SliceLayout(0, out_layout))
-        p_out = gl.convert_layout(p_row, out_rows)[:, None] * (pieces * key_dim // 2) + o_d[None, :]
-        keep = gl.convert_layout((o_t < n_q).to(gl.int32), out_rows)[:, None] != 0
+        p_out, keep = wide_places(p_row, o_t < n_q, pieces * key_dim // 2, key_dim // 2)
         p_dq = dq_ptr.to(gl.pointer_type(gl.int32)) + p_out  # Written as pairs.
         for h in gl.static_range(pieces):
             b_dq = widen(pack(dq[h] * scale, dq_ptr.dtype.element_ty))

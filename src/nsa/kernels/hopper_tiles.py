@@ -68,6 +68,16 @@ def widen(b_x):
 
 
 @gluon.jit
+def wide_places(p_row, exists, stride: gl.constexpr, PAIRS: gl.constexpr):
+    """Where ``widen``'s values of 64 rows go, ``stride`` pairs apart, and which of them exist."""
+    layout: gl.constexpr = WIDE_64 if PAIRS == 64 else WIDE_32
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    o_d = gl.arange(0, PAIRS, gl.SliceLayout(0, layout))
+    places = gl.convert_layout(p_row, rows)[:, None] * stride + o_d[None, :]
+    return places, gl.convert_layout(exists.to(gl.int32), rows)[:, None] != 0
+
+
+@gluon.jit
 def narrow(b_x):
     """The reverse of ``widen``."""
     PAIRS: gl.constexpr = b_x.shape[1]

@@ -23,8 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa.kernels.hopper_tiles import (
-    WIDE_32,
-    WIDE_64,
     barrier,
     barriers,
     exp2,
@@ -33,6 +31,7 @@ from nsa.kernels.hopper_tiles import (
     rescale,
     union_entry,
     unpack,
+    wide_places,
     widen,
 )
 from nsa.kernels.tiles import locate_tile
@@ -243,9 +242,6 @@ def _consumer(
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     nothing = pack(gl.zeros([64, BN], gl.float32, s_layout), half)
     o_m = ROW + gl.arange(0, 64, rows)
-    out_layout: gl.constexpr = WIDE_64 if dim == 128 else WIDE_32
-    out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
-    o_d = gl.arange(0, dim // 2, gl.SliceLayout(0, out_layout))
     i_copy = 0
     q_phase = 0
     for i_flat in range(gl.program_id(0), tiles[2] * tiles[4], gl.num_programs(0)):
@@ -312,9 +308,7 @@ def _consumer(
                 b_o = b_acc
             b_inv = 1.0 / gl.where(b_l == 0.0, 1.0, b_l)
             b_o = b_o * gl.convert_layout(b_inv, o_rows)[:, None]
-            p_out = _here(gl.convert_layout(p_row, out_rows))
-            p_o = p_out[:, None] * (dim // 2) + o_d[None, :]
-            m_o = gl.convert_layout((o_t < n_q).to(gl.int32), out_rows)[:, None] != 0
+            p_o, m_o = wide_places(_here(p_row), o_t < n_q, dim // 2, dim // 2)
             if SHAPE[SAVE]:
                 lse = (b_m + gl.log2(b_l)) * 0.6931471805599453
                 if branch == 0:
