@@ -27,13 +27,6 @@ from nsa.train.run import TrainResult, train
 QUIET = Console(quiet=True)
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    tiny.write_corpus(folder)
-    return folder
-
-
 @pytest.fixture
 def run(corpus: Path, tmp_path: Path) -> Callable[..., TrainResult]:
     """Trains in a new folder with the given settings."""

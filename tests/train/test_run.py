@@ -33,19 +33,6 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "train_tiny_cpu.json"
 QUIET = Console(quiet=True)
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    tiny.write_corpus(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    """A run of six steps that nothing disturbed. Tests copy its folder before changing it."""
-    return train(tiny.config(corpus, tmp_path_factory.mktemp("run") / "a"), console=QUIET)
-
-
 @pytest.fixture
 def copy(finished: TrainResult, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished.output_dir, tmp_path / "copy"))

@@ -67,7 +67,10 @@ def _check_kernels_take(tensor: Tensor, source: str) -> None:
 
 
 def implementation(backend: str) -> ModuleType:
-    """``nsa.reference`` or ``nsa.ops.launch``, which hold the same functions."""
+    """``nsa.reference`` or ``nsa.ops.launch``, which hold the same functions.
+
+    Compression is of one tensor in the reference, of keys and values together in the launches.
+    """
     if backend == "reference":
         return reference
     assert launch is not None, "resolve_backend lets no kernels through without Triton"

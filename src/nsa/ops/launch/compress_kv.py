@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,25 @@ from nsa.ops.launch.gated_compression import gated_bwd, gated_fwd
 Weights = Sequence[Tensor | None]  # As ``Sides``, of weights that some kinds do without.
 
 
+def _together_or_apart(function: Callable) -> Callable:
+    """Calls a function once with both sides if the same launches can take them, else with each.
+
+    They can if the shapes agree and the kernels of the kind know two sides.
+    """
+
+    @functools.wraps(function)
+    def run(*columns: Any, kind: str, **options: Any) -> list:
+        *_, x, _, w1, _ = columns
+        shapes = {(a.shape, None if b is None else b.shape) for a, b in zip(x, w1, strict=True)}
+        if len(x) == 1 or (len(shapes) == 1 and kind != "gated"):
+            return function(*columns, kind=kind, **options)
+        sides = zip(*columns, strict=True)
+        return [function(*([y] for y in side), kind=kind, **options)[0] for side in sides]
+
+    return run
+
+
+@_together_or_apart
 def compress_fwd(
     x: Sides,
     pe: Weights,
@@ -35,9 +55,6 @@ def compress_fwd(
     compress_stride: int,
 ) -> list[Tensor]:
     """Compressed blocks of each side; like ``nsa.reference.compress_fwd`` of one."""
-    if not _alike(x, w1, kind):
-        options = _options(cu_seqlens, kind, compress_block_size, compress_stride)
-        return _one_by_one(compress_fwd, (x, pe, w1, w2), options)
     x = [side.contiguous() for side in x]
     table = slots(x[0], cu_seqlens, compress_stride)
     blocks = Spans.of(x[0], table, compress_block_size, compress_block_size, compress_stride)
@@ -61,6 +78,7 @@ def compress_fwd(
     return out
 
 
+@_together_or_apart
 def compress_bwd(
     dout: Sides,
     x: Sides,
@@ -75,9 +93,6 @@ def compress_bwd(
 ) -> list[tuple[Tensor, ...]]:
     """Gradients of x, pe, w1 and w2 of each side; an empty tensor for each input that is None."""
     size, stride = compress_block_size, compress_stride
-    if not _alike(x, w1, kind):
-        options = _options(cu_seqlens, kind, size, stride)
-        return _one_by_one(compress_bwd, (dout, x, pe, w1, w2), options)
     x, dout = [side.contiguous() for side in x], [side.contiguous() for side in dout]
     table = slots(x[0], cu_seqlens, stride)
     blocks = Spans.of(x[0], table, size, size, stride)
@@ -125,29 +140,6 @@ def _mlp_bwd(
 def _none(x: Tensor) -> Tensor:
     """What stands for the gradient of an input that is None."""
     return x.new_empty(0)
-
-
-def _options(cu_seqlens: Tensor | None, kind: str, block: int, stride: int) -> dict[str, Any]:
-    return {
-        "cu_seqlens": cu_seqlens,
-        "kind": kind,
-        "compress_block_size": block,
-        "compress_stride": stride,
-    }
-
-
-def _alike(x: Sides, w1: Weights, kind: str) -> bool:
-    """Whether the same launches can take all sides: their shapes agree, and the kernels have it."""
-    if len(x) == 1:
-        return True
-    shapes = {(a.shape, None if b is None else b.shape) for a, b in zip(x, w1, strict=True)}
-    return len(shapes) == 1 and kind != "gated"
-
-
-def _one_by_one(function: Callable, columns: tuple[Weights, ...], options: dict) -> list:
-    """What ``function`` of all sides returns, from a call for each."""
-    sides = zip(*columns, strict=True)
-    return [function(*([tensor] for tensor in side), **options)[0] for side in sides]
 
 
 def _given(weights: Weights, kind: str) -> list[Tensor]:
