@@ -10,10 +10,13 @@ import functools
 import sys
 from dataclasses import replace
 
+import torch
 from tests import cases
 from tests.cases import SMALL, WIDE, Case
 
 from nsa import ops
+from nsa.ops.launch.select_blocks import union_blocks
+from nsa.ops.launch.tiles import QueryTiles
 
 NARROW = replace(SMALL, block_size=12)  # Three strides of four, not a power of two.
 CASES = [
@@ -31,8 +34,50 @@ CASES = [
 ]
 
 
+def check_union_blocks() -> None:
+    """Every token finds its blocks in the list of its tile; halves take turns where they should."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.zeros(2, 21, 2, 1)
+    for tokens in (2, 8, 16):
+        tiles = QueryTiles.of(q, None, tokens)
+        chosen = torch.rand(2, 21, 2, 30, generator=generator).argsort(-1)[..., :6].to(torch.int32)
+        chosen[..., 4:] = torch.where(chosen[..., 4:] < 15, chosen[..., 4:], -1)
+        for turns in (False, True):
+            union = union_blocks(chosen, q, tiles, turns)
+            for tile in range(tiles.num_tiles):
+                sequence, first = divmod(tile, tiles.num_tiles // 2)
+                first *= tokens
+                for head in range(2):
+                    count = int(union.counts[tile, head])
+                    blocks = union.blocks[tile, head, :count].tolist()
+                    words = union.bits[tile, head, : count + 1].diff().tolist()
+                    for token in range(first, min(first + tokens, 21)):
+                        mine = {
+                            b for b, w in zip(blocks, words, strict=True) if w >> token - first & 1
+                        }
+                        asked = set(chosen[sequence, token, head].tolist()) - {-1}
+                        assert mine == asked, (tokens, turns, tile, head, token)
+                    assert len(set(blocks)) == count
+                    if turns:
+                        check_turns(words, tokens // 2)
+                    else:
+                        assert blocks == sorted(blocks)
+
+
+def check_turns(words: list[int], half: int) -> None:
+    """Of both halves first, then of each in turns, as long as both have any."""
+    whose = ["ab"[word >> half != 0] for word in words if not (word >> half and word % (1 << half))]
+    both = len(words) - len(whose)
+    assert all(word >> half and word % (1 << half) for word in words[:both])
+    turns = 2 * min(whose.count("a"), whose.count("b"))
+    assert "".join(whose[:turns]) == "ab" * (turns // 2)
+
+
 def main(operation: str) -> None:
     """Raises AssertionError on the first case that is off."""
+    if operation == "union_blocks":
+        check_union_blocks()
+        return
     check = getattr(cases, f"check_{operation}")
     kernels = functools.partial(getattr(ops, operation), backend="kernel")
     for case in CASES:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 OPERATIONS = [
     "compressed_attention",
     "select_blocks",
+    "union_blocks",
     "selected_attention",
     "window_attention",
     "nsa_attention",

@@ -136,7 +136,7 @@ def _produce(k_desc, v_desc, key_row, memory, source, steps, SHAPE: gl.constexpr
 
 
 @gluon.jit
-def _products(PART: gl.constexpr, st, memory, SHAPE: gl.constexpr):
+def _products(PART: gl.constexpr, held, st, memory, SHAPE: gl.constexpr):
     """Starts the products of the keys with the rows at place ``st``, and of the values."""
     rows_a_step: gl.constexpr = SHAPE[BM]
     keys, rows, _values_s, _full, _empty, _keys_full = memory
@@ -149,7 +149,8 @@ def _products(PART: gl.constexpr, st, memory, SHAPE: gl.constexpr):
     s = warpgroup_mma_init(zero)
     for h in gl.static_range(PK):
         b_q = q_s.index(st * PK + h).permute((1, 0))
-        s = warpgroup_mma(k_s.index(PART * PK + h), b_q, s, use_acc=h > 0, is_async=True)
+        b_k = held[h] if h < len(held) else k_s.index(PART * PK + h)
+        s = warpgroup_mma(b_k, b_q, s, use_acc=h > 0, is_async=True)
     dp = warpgroup_mma_init(zero)
     for h in gl.static_range(PV):
         b_do = do_s.index(st * PV + h).permute((1, 0))
@@ -220,7 +221,8 @@ def _consume(C: gl.constexpr, memory, out, masked, steps, n_0, window, SHAPE: gl
     """
     rows_a_step: gl.constexpr = SHAPE[BM]
     dk_ptr, dv_ptr, stride_dk, stride_dv, num_keys, scale_log2, scale = out
-    _keys, rows, values_s, full, empty, keys_full = memory
+    keys, rows, values_s, full, empty, keys_full = memory
+    k_s, _v_s = keys
     PK: gl.constexpr = SHAPE[DK]
     PV: gl.constexpr = SHAPE[DV]
     stages: gl.constexpr = SHAPE[ST]
@@ -236,8 +238,13 @@ def _consume(C: gl.constexpr, memory, out, masked, steps, n_0, window, SHAPE: gl
     dk = _zeros(PK, grad)
     dv = _zeros(PV, grad)
     mbarrier.wait(keys_full, 0)
+    # Reading shared memory limits a step, so a piece of the keys stays in registers; where keys and
+    # values have more than 256 columns, those would spill.
+    held = ()
+    for h in gl.static_range(0 if PK + PV > 4 else 1):
+        held = held + (k_s.index(PART * PK + h).load(gl.DotOperandLayout(0, score, 2)),)
     mbarrier.wait(full.index(FROM), 0)
-    s_0, dp_0 = _products(PART, FROM, memory, SHAPE)
+    s_0, dp_0 = _products(PART, held, FROM, memory, SHAPE)
     s_0 = warpgroup_mma_wait(PV, deps=(s_0,))
     p, gate = _probabilities(s_0, FROM, True, o_n, scale_log2, window, memory, SHAPE)
     delta = values_s[2].index(FROM).load(column)
@@ -250,7 +257,7 @@ def _consume(C: gl.constexpr, memory, out, masked, steps, n_0, window, SHAPE: gl
         st = i % stages
         mbarrier.wait(full.index(st), (i // stages) & 1)
         dk, dv = _add(before, dk, dv, p_gated, ds, memory, SHAPE)
-        s, dp_i = _products(PART, st, memory, SHAPE)
+        s, dp_i = _products(PART, held, st, memory, SHAPE)
         done = warpgroup_mma_wait(PV, deps=(s,) + dk + dv)
         dk, dv = _split(done, PK, PV)
         p, gate = _probabilities(done[0], st, i < masked, o_n, scale_log2, window, memory, SHAPE)

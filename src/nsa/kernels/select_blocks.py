@@ -277,6 +277,33 @@ def top_blocks_kernel(
     )
 
 
+@triton.jit
+def _take_turns(b_block, b_bit, m_first, count, BQ: tl.constexpr, U: tl.constexpr):
+    """Blocks, and sums of bits: first those that both halves of the tokens chose, then in turns.
+
+    ``m_first`` says where a block is the first of several equal ones that follow each other.
+    """
+    HALF: tl.constexpr = BQ // 2
+    o_u = tl.arange(0, U)
+    b_word = b_bit
+    for e in tl.static_range(1, BQ):
+        i_u = tl.minimum(o_u + e, U - 1)
+        same = (o_u + e < U) & (tl.gather(b_block, i_u, 0) == b_block)
+        b_word |= tl.where(same, tl.gather(b_bit, i_u, 0), 0)
+    in_0 = m_first & ((b_word & ((1 << HALF) - 1)) != 0)
+    in_1 = m_first & ((b_word >> HALF) != 0)
+    both = in_0 & in_1
+    r_both = tl.cumsum(both.to(tl.int32), 0)
+    r_0 = U + 2 * tl.cumsum((in_0 & ~both).to(tl.int32), 0)
+    r_1 = U + 2 * tl.cumsum((in_1 & ~both).to(tl.int32), 0) + 1
+    b_rank = tl.where(both, r_both, tl.where(in_0, r_0, r_1)).to(tl.int64)
+    # A block's number has 24 bits, a word 16.
+    b_key = (b_rank << 40) | (b_block.to(tl.int64) << 16) | b_word
+    b_key = tl.sort(tl.where(m_first, b_key, 0x7FFFFFFFFFFFFFFF))
+    b_word = tl.where(o_u < count, b_key & 0xFFFF, 0)
+    return ((b_key >> 16) & 0xFFFFFF).to(tl.int32), tl.cumsum(b_word, 0)
+
+
 @triton.jit(do_not_specialize=["num_seqs", "T_q"])
 def union_blocks_kernel(
     indices_ptr,
@@ -291,6 +318,7 @@ def union_blocks_kernel(
     N: tl.constexpr,
     BQ: tl.constexpr,
     U: tl.constexpr,
+    TURNS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """Grid (query tiles, K): the distinct blocks of a tile, ascending, and who chose them.
@@ -298,6 +326,9 @@ def union_blocks_kernel(
     ``blocks [tiles, K, U]``, ``counts [tiles, K]``; ``bits [tiles, K, U + 1]`` are prefix sums of
     one bit per token (modulo 2^64): token ``q`` of the tile chose entry ``u`` iff bit ``q`` of
     ``bits[u + 1] - bits[u]`` is set.
+
+    With ``TURNS``, for kernels whose two warp groups have half of the tokens each, blocks that one
+    half chose come in turns: in any other order one waits while the ring has tiles of the other.
     """
     i_k = tl.program_id(1)
     i_tile = tl.program_id(0)
@@ -324,6 +355,14 @@ def union_blocks_kernel(
     b_sum = tl.cumsum(b_bit, 0)
     o_slot = tl.cumsum(m_first.to(tl.int32), 0) - 1
     count = tl.sum(m_first.to(tl.int32), 0)
+    if TURNS:
+        b_block, b_sum = _take_turns(b_block, b_bit, m_first, count, BQ, U)
+        m_entry = o_u < count
+        tl.store(blocks_ptr + p_tile * U + o_u, b_block, mask=m_entry)
+        tl.store(bits_ptr + p_tile * (U + 1) + o_u + 1, b_sum, mask=m_entry)
+        tl.store(bits_ptr + p_tile * (U + 1), tl.zeros([], tl.int64))
+        tl.store(counts_ptr + p_tile, count)
+        return
     tl.store(blocks_ptr + p_tile * U + o_slot, b_block, mask=m_first)
     tl.store(bits_ptr + p_tile * (U + 1) + o_slot, b_sum - b_bit, mask=m_first)
     tl.store(bits_ptr + p_tile * (U + 1) + count, tl.sum(b_bit, 0))

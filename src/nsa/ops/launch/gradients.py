@@ -105,9 +105,7 @@ def _dq(
     shape = tile("dq", sizes, q)
     tiles = QueryTiles.of(q, geometry.cu_seqlens, shape.BM // sizes["GP"])
     slc, cmp = branches.get("slc"), branches.get("cmp")
-    union = (q, q, q)
-    if slc is not None and slc.block_indices is not None and q.numel():
-        union = union_blocks(slc.block_indices, tiles, q.shape[-3])
+    union = union_blocks(None if slc is None else slc.block_indices, q, tiles)
     tensors = {}
     for name in NAMES:
         branch = branches.get(name)

@@ -40,10 +40,8 @@ def dq(
     sizes = heads(q, first.k, first.v)
     group, dims, width = sizes["G"], sizes["DK"] + sizes["DV"], piece(sizes["DK"])
     tiles = QueryTiles.of(q, geometry.cu_seqlens, ROWS // group)
-    slc = branches.get("slc")
-    union = (q, q, q)
-    if slc is not None and slc.block_indices is not None:
-        union = union_blocks(slc.block_indices, tiles, q.shape[-3])
+    indices = branches["slc"].block_indices if "slc" in branches else None
+    union = union_blocks(indices, q, tiles, turns=True)
     descriptors = {
         f"{name}_desc": descriptor(
             x, (-1, *x.shape[-2:]), [tiles.tokens, group, piece(x.shape[-1])]

@@ -168,8 +168,15 @@ def _reach(q: Tensor, tokens: int) -> int:
     return min(tokens, q.shape[-3]) if one_sequence else q.shape[-3]
 
 
-def union_blocks(block_indices: Tensor, tiles: QueryTiles, num_queries: int, num_warps=1) -> Union:
-    """Union lists of the tiles of ``block_indices [..., K, n]``."""
+def union_blocks(
+    block_indices: Tensor | None, q: Tensor, tiles: QueryTiles, turns: bool = False
+) -> Union:
+    """Union lists of the tiles of ``block_indices [..., K, n]``; q in their place if it is None.
+
+    ``turns``: for kernels that give each half of a tile's tokens to a warp group.
+    """
+    if block_indices is None or q.numel() == 0:
+        return Union(q, q, q)
     num_kv_heads, n = block_indices.shape[-2:]
     width = next_power_of_2(tiles.tokens * n)
     device = block_indices.device
@@ -186,11 +193,12 @@ def union_blocks(block_indices: Tensor, tiles: QueryTiles, num_queries: int, num
         bits_ptr=union.bits,
         counts_ptr=union.counts,
         **tiles.arguments(),
-        T_q=num_queries,
+        T_q=q.shape[-3],
         K=num_kv_heads,
         N=n,
         BQ=tiles.tokens,
         U=width,
-        num_warps=num_warps,
+        TURNS=turns,
+        num_warps=1,
     )
     return union

@@ -57,7 +57,7 @@ def token_attention_fwd(
     )
     tokens = hopper.TOKEN_ROWS // sizes["G"] if on_hopper else shape.BM // sizes["GP"]
     tiles = QueryTiles.of(q, cu_seqlens, tokens)
-    union = (q, q, q) if indices is None else union_blocks(indices, tiles, q.shape[-3])
+    union = union_blocks(indices, q, tiles, turns=on_hopper)
     keys = {"k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win}
     common = {
         "gates_ptr": q if gates is None else gates.contiguous(),
