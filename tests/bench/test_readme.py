@@ -2,7 +2,15 @@ import json
 
 import pytest
 
-from nsa.bench.readme import demo_table, groups_table, operations_table, refresh, source_tree, write
+from nsa.bench.readme import (
+    demo_table,
+    groups_table,
+    needle_table,
+    operations_table,
+    refresh,
+    source_tree,
+    write,
+)
 
 
 def row(**changes):
@@ -139,7 +147,8 @@ def test_write_replaces_generated_parts_and_nothing_else(root):
 
 def test_an_unknown_part_is_refused(root):
     with pytest.raises(
-        ValueError, match="generated: expected one of tree, operations, groups, demo, got 'trees'"
+        ValueError,
+        match="generated: expected one of tree, operations, groups, demo, needle, got 'trees'",
     ):
         refresh("<!-- generated: trees -->\n<!-- end: trees -->", root)
 
@@ -163,3 +172,33 @@ def test_the_demo_table_shows_both_twins(tmp_path):
     assert "| nsa | 1,000 | 12 | 4.750 | 1.250 |" in table
     assert "| dense | 1,000 | 12 | 4.500 | 1.500 |" in table
     assert "+0.250 from its dense twin's" in table
+
+
+def test_the_needle_table_has_a_line_for_each_depth(tmp_path):
+    assert "configs/needle-4k.yaml" in needle_table(tmp_path)
+    config = {"num_selected_blocks": 16, "block_size": 64, "window_size": 512}
+    row = {
+        "provenance": {
+            "model": {"num_parameters": 1000, "config": config},
+            "machine": {"name": "A GPU"},
+            "versions": {"torch": "2"},
+            "commit": None,
+        },
+        "settings": {"needle": {"num_samples": 10}},
+        "limit": None,
+        "needle": [
+            {"num_keys": keys, "length": 1024, "depth": depth, "accuracy": accuracy}
+            for keys, depth, accuracy in ((1, 0, 1.0), (1, 50, 0.4), (4, 0, 0.9), (4, 50, 0.5))
+        ],
+    }
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "needle.jsonl").write_text(f"{json.dumps(row)}\n")
+    assert needle_table(tmp_path).splitlines() == [
+        "70.0% of 40 numbers found, 10 questions a cell, by a sparse model of 1,000 parameters "
+        "that selects 1,024 keys a token and sees the last 512; A GPU, PyTorch 2, commit unknown.",
+        "",
+        "| depth | 1,024 tokens, 1 of 1 | 1,024 tokens, 1 of 4 |",
+        "|---:|---:|---:|",
+        "| 0% | 100% | 90% |",
+        "| 50% | 40% | 50% |",
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,15 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     loaded = load_tokenizer(tmp_path)
     assert list(encode_documents(loaded, TEXTS)) == list(encode_documents(TOKENIZER, TEXTS))
     assert loaded.pad_token_id == TOKENIZER.pad_token_id != loaded.eos_token_id
+
+
+def test_the_tokenizer_of_a_model_is_loaded_in_silence(tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "native_sparse_attention"}')
+    script = "import sys, nsa.train.tokenizer; nsa.train.tokenizer.load_tokenizer(sys.argv[1])"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
 
 
 def without_template(**names: str) -> PreTrainedTokenizerFast:

@@ -111,6 +111,33 @@ def demo_table(root: Path) -> str:
     return "\n".join([caption, "", *lines])
 
 
+def needle_table(root: Path) -> str:
+    """The last needle test in ``results/needle.jsonl``: how often each needle was found."""
+    path = root / "results" / "needle.jsonl"
+    if not path.exists():
+        return "Nothing is measured yet: see configs/needle-4k.yaml."
+    row = read(path)[-1]
+    cells = row["needle"]
+    tests = list(dict.fromkeys((cell["num_keys"], cell["length"]) for cell in cells))
+    found = {(cell["num_keys"], cell["length"], cell["depth"]): cell["accuracy"] for cell in cells}
+    names = [f"{length:,} tokens, 1 of {keys}" for keys, length in tests]
+    lines = [f"| depth | {' | '.join(names)} |", f"|{'---:|' * (len(tests) + 1)}"]
+    for depth in dict.fromkeys(cell["depth"] for cell in cells):
+        lines.append(f"| {depth}% | {' | '.join(f'{found[*test, depth]:.0%}' for test in tests)} |")
+    model, machine = row["provenance"]["model"], row["provenance"]["machine"]
+    samples = row["limit"] or row["settings"]["needle"]["num_samples"]
+    mean = sum(cell["accuracy"] for cell in cells) / len(cells)
+    read_keys = model["config"]["num_selected_blocks"] * model["config"]["block_size"]
+    caption = (
+        f"{mean:.1%} of {samples * len(cells)} numbers found, {samples} questions a cell, by a "
+        f"sparse model of {model['num_parameters']:,} parameters that selects {read_keys:,} keys a "
+        f"token and sees the last {model['config']['window_size']}; {machine['name']}, PyTorch "
+        f"{row['provenance']['versions']['torch']}, commit "
+        f"{(row['provenance']['commit'] or 'unknown')[:9]}."
+    )
+    return "\n".join([caption, "", *lines])
+
+
 MISSING = "Nothing is measured yet: run `nsa bench ops`, then `nsa bench table`."
 MEMORY = "Peak memory of forward and backward on top of the inputs, GiB:"
 SHOWN = ("pipeline", "shared_pipeline", "dense_attention")
@@ -195,4 +222,5 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "operations": operations_table,
     "groups": groups_table,
     "demo": demo_table,
+    "needle": needle_table,
 }

@@ -12,6 +12,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+import nsa.models  # noqa: F401  AutoTokenizer warns of a folder whose model it does not know.
+
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 
