@@ -25,11 +25,12 @@ def _causal(k):
 @pytest.mark.parametrize("num_queries", [0, 1, 7, 1000])
 @pytest.mark.parametrize("per_query", [0, 1, 1 << 18, 1 << 30])
 def test_chunks_cover_every_query_once(num_queries, per_query):
-    chunks = list(query_chunks(num_queries, per_query))
+    cpu = torch.device("cpu")
+    chunks = list(query_chunks(num_queries, per_query, cpu))
     assert [t for start, stop in chunks for t in range(start, stop)] == list(range(num_queries))
-    if num_queries and per_query <= masked_attention.CHUNK_ELEMENTS:
-        widest = max(stop - start for start, stop in chunks)
-        assert widest * per_query <= masked_attention.CHUNK_ELEMENTS
+    limit = masked_attention.CHUNK_ELEMENTS["cpu"]
+    if num_queries and per_query <= limit:
+        assert max(stop - start for start, stop in chunks) * per_query <= limit
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 300, 1 << 20])
@@ -43,7 +44,7 @@ def test_chunks_do_not_change_the_result(monkeypatch, chunk_elements):
         return o, lse, *masked_attention_bwd(o.cos(), lse.sin(), q, k, v, o, lse, **options)
 
     whole = run()
-    monkeypatch.setattr(masked_attention, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setitem(masked_attention.CHUNK_ELEMENTS, "cpu", chunk_elements)
     for part, full in zip(run(), whole, strict=True):
         torch.testing.assert_close(part, full, rtol=1e-13, atol=1e-13)
 

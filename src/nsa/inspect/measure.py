@@ -89,7 +89,7 @@ def measure_layer(
     recall, window_recall, best_recall, twin_recall = torch.zeros(
         4, num_tokens, num_kv_heads, device=q.device
     ).unbind()
-    for start, stop in query_chunks(num_tokens, q.shape[2] * num_tokens):
+    for start, stop in query_chunks(num_tokens, q.shape[2] * num_tokens, q.device):
         rows = slice(start, stop)
         mass = dense_mass(q, k_slc, start, stop, softmax_scale)
         window = in_window(start, stop, config, q.device)[:, None].expand_as(mass)
@@ -123,7 +123,7 @@ def compressed_probabilities(
         compress_block_size=config.compress_block_size,
         compress_stride=config.compress_stride,
     )
-    for start, stop in query_chunks(q.shape[1], q.shape[2] * max(1, num_blocks)):
+    for start, stop in query_chunks(q.shape[1], q.shape[2] * max(1, num_blocks), q.device):
         _, hi, visible = keys_of(start, stop)
         logits = masked_logits(q[:, start:stop], k_cmp[:, :hi], visible, softmax_scale)
         row_lse = lse[:, start:stop].unflatten(2, (num_kv_heads, -1)).transpose(1, 2)

@@ -17,13 +17,17 @@ from torch import Tensor
 
 KeysOf = Callable[[int, int], tuple[int, int, Tensor]]
 
-# Elements of one chunk's score matrix: 4 MiB in float32, which stays in the cache of a laptop core.
-CHUNK_ELEMENTS = 1 << 20
+# Elements of one chunk's score matrix. 4 MiB of float32 stay in the cache of a laptop core; a GPU
+# wants few large products.
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 
 
-def query_chunks(num_queries: int, scores_per_query: int) -> Iterator[tuple[int, int]]:
+def query_chunks(
+    num_queries: int, scores_per_query: int, device: torch.device
+) -> Iterator[tuple[int, int]]:
     """Ranges ``(start, stop)`` whose score matrices hold about ``CHUNK_ELEMENTS`` entries."""
-    size = max(1, CHUNK_ELEMENTS // max(1, scores_per_query))
+    elements = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cpu"])
+    size = max(1, elements // max(1, scores_per_query))
     for start in range(0, num_queries, size):
         yield start, min(start + size, num_queries)
 
@@ -55,7 +59,7 @@ def masked_attention_fwd(
     lse = torch.full(
         (batch, num_queries, num_heads), -torch.inf, dtype=compute_dtype(q), device=q.device
     )
-    for start, stop in query_chunks(num_queries, batch * num_heads * k.shape[1]):
+    for start, stop in query_chunks(num_queries, batch * num_heads * k.shape[1], q.device):
         lo, hi, visible = keys_of(start, stop)
         if hi <= lo:
             continue
@@ -95,7 +99,7 @@ def masked_attention_bwd(
     dk = torch.zeros(k.shape, dtype=wide, device=k.device)
     dv = torch.zeros(v.shape, dtype=wide, device=v.device)
     num_kv_heads = k.shape[2]
-    for start, stop in query_chunks(num_queries, batch * num_heads * k.shape[1]):
+    for start, stop in query_chunks(num_queries, batch * num_heads * k.shape[1], q.device):
         lo, hi, visible = keys_of(start, stop)
         if hi <= lo:
             continue

@@ -36,7 +36,7 @@ def select_blocks(
             device=q.device,
         )
         for start, stop in query_chunks(
-            q.shape[1], q.shape[0] * q.shape[2] * max(1, k_cmp.shape[1])
+            q.shape[1], q.shape[0] * q.shape[2] * max(1, k_cmp.shape[1]), q.device
         ):
             scores = block_scores(q, k_cmp, lse, start, stop, config, softmax_scale, q_offset)
             chosen[:, start:stop] = top_blocks(scores, q_offset + start, config)
