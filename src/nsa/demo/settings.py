@@ -47,9 +47,9 @@ class DemoSettings:
     num_layers: int = 4
     num_heads: int = 4
     num_kv_heads: int = 2
-    max_steps: int = 480
+    max_steps: int = 420
     batch_rows: int = 2
-    eval_every: int = 120
+    eval_every: int = 105
     learning_rate: float = 4e-3
     train_chars: int | None = None
     held_out_chars: int | None = None
