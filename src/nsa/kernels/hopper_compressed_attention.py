@@ -1,9 +1,9 @@
 """Compressed attention for Hopper: ``compressed_attention_fwd_kernel`` with overlap.
 
 Triton waits for every product before the softmax that follows it. Here the product with values of
-one tile of keys runs while the softmax of the next is taken, and the two warp groups fill each
-other's gaps. Keys are walked from the last to the first, so that masks come first. Keys and values
-have rings of their own: keys are free as soon as their product is, values a step later.
+one tile of keys runs while the softmax of the next is taken, and the two warp groups take turns.
+Keys are walked from the last to the first, so that masks come first. Keys and values have rings of
+their own: keys are free as soon as their product is, values a step later.
 
 Copies do not stop at the last key that a tile sees. What follows has weight 0, so slots that no
 sequence uses must be finite. See ``nsa.kernels.hopper_tiles``.
@@ -20,10 +20,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa.kernels.hopper_tiles import (
+    await_turn,
     barrier,
     barriers,
     exp2,
     pack,
+    pass_turn,
     tile_steps,
     unpack,
     wide_places,
@@ -54,7 +56,7 @@ def _producer(
     COLUMNS: gl.constexpr = q_s.shape[2]
     PIECES: gl.constexpr = DK // COLUMNS
     q_desc, k_desc, v_desc = descriptors
-    q_full, q_empty, full, empty, v_full, v_empty = bars
+    q_full, q_empty, full, empty, v_full, v_empty, _turns = bars
     K_BYTES: gl.constexpr = PIECES * k_desc.block_type.nbytes
     V_BYTES: gl.constexpr = v_desc.block_type.nbytes
     i_copy = 0
@@ -132,6 +134,7 @@ def _step(
     b_visible,
     o_n,
     p_layout: gl.constexpr,
+    HALF: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
     MASKED: gl.constexpr,
@@ -139,14 +142,16 @@ def _step(
     """Softmax of tile ``j`` while the product with values of tile ``j - 1`` runs."""
     queries, k_s, v_s, bars = ring
     b_p, b_m, b_l, b_alpha, b_acc = state
-    _, _, full, empty, v_full, v_empty = bars
+    _, _, full, empty, v_full, v_empty, turns = bars
     i_s = i_copy % STAGES
     i_v = (i_copy - 1) % STAGES
     i_n = (i_copy + 1) % STAGES
+    await_turn(turns, HALF, i_copy)
     b_s = _logits(queries, k_s, i_s, zero)
     b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, b_acc.type.layout))[:, None]
     mbarrier.wait(v_full.index(i_v), ((i_copy - 1) // STAGES) & 1)
     b_acc = warpgroup_mma(unpack(b_p, v_s.dtype, p_layout), v_s.index(i_v), b_acc, is_async=True)
+    pass_turn(turns, HALF)
     b_s = warpgroup_mma_wait(1, deps=(b_s,))
     b_e, b_m, b_l, b_alpha = _softmax(
         b_s, b_m, b_l, scale_log2, (steps - 1 - j) * BN, b_visible, o_n, MASKED
@@ -180,7 +185,7 @@ def _consumer(
     """One warp group: rows ``ROW`` to ``ROW + 64`` of every tile."""
     q_s, k_s, v_s, bars = ring
     o_ptr, lse_ptr, scale_log2 = out
-    q_full, q_empty, full, empty, v_full, v_empty = bars
+    q_full, q_empty, full, empty, v_full, v_empty, turns = bars
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -188,6 +193,7 @@ def _consumer(
     zero = gl.zeros([64, BN], gl.float32, s_layout)
     o_n = gl.arange(0, BN, gl.SliceLayout(0, s_layout))
     o_m = ROW + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+    HALF: gl.constexpr = ROW // 64
     PIECES: gl.constexpr = q_s.shape[0]
     queries = ()
     for h in gl.static_range(PIECES):
@@ -208,7 +214,9 @@ def _consumer(
         if steps > 0:
             i_s = i_copy % STAGES
             mbarrier.wait(full.index(i_s), (i_copy // STAGES) & 1)
+            await_turn(turns, HALF, i_copy)
             b_s = _logits(queries, k_s, i_s, zero)
+            pass_turn(turns, HALF)
             b_s = warpgroup_mma_wait(0, deps=(b_s,))
             mbarrier.arrive(empty.index(i_s), count=1)
             b_e, b_m, b_l, b_alpha = _softmax(
@@ -222,13 +230,13 @@ def _consumer(
             for j in range(1, masked):
                 state = _step(
                     j, steps, i_copy, mine, state, zero, scale_log2, b_visible, o_n, p_layout,
-                    BN, STAGES, True
+                    HALF, BN, STAGES, True
                 )  # fmt: skip
                 i_copy += 1
             for j in range(gl.maximum(masked, 1), steps):
                 state = _step(
                     j, steps, i_copy, mine, state, zero, scale_log2, b_visible, o_n, p_layout,
-                    BN, STAGES, False
+                    HALF, BN, STAGES, False
                 )  # fmt: skip
                 i_copy += 1
             b_p, b_m, b_l, b_alpha, b_acc = state
@@ -294,9 +302,10 @@ def hopper_attention_fwd_kernel(
     q_full, q_empty = barriers(1, 1).index(0), barriers(1, 2).index(0)
     full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
     v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    turns = barriers(2, 1)
     fence_async_shared()
     barrier()
-    bars = (q_full, q_empty, full, empty, v_full, v_empty)
+    bars = (q_full, q_empty, full, empty, v_full, v_empty, turns)
     tiles = (cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_c, q_offset)
     ring = (q_s, k_s, v_s, bars)
     out = (o_ptr.to(gl.pointer_type(gl.int32)), lse_ptr, scale_log2)  # Written as pairs.

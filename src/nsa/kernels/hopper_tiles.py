@@ -25,6 +25,22 @@ def barriers(places: gl.constexpr, arrivals: gl.constexpr):
     return bars
 
 
+@gluon.jit
+def await_turn(turns, HALF: gl.constexpr, i):
+    """Waits with the products of step ``i`` until the other warp group has started its own.
+
+    Then one group's products run under the other's softmax. ``turns`` are two barriers of one
+    arrival; of each step, group 0 goes first.
+    """
+    mbarrier.wait(turns.index(HALF), (i & 1) ^ (1 - HALF))
+
+
+@gluon.jit
+def pass_turn(turns, HALF: gl.constexpr):
+    """What every ``await_turn`` ends with."""
+    mbarrier.arrive(turns.index(1 - HALF), count=1)
+
+
 def _rows(pairs: int, swaps: int) -> gl.constexpr:
     """Where ``[64, pairs]`` 32-bit values lie that ``pack`` made of a warp group's accumulator.
 
