@@ -87,7 +87,7 @@ def test_the_speedup_picture_has_a_panel_for_lengths_and_one_for_groups(tmp_path
         assert output.read_text() == text
     for part in (
         "Speed-up over dense attention, a machine, float32",
-        "forward, mlp, local (kernel)",
+        "mlp, local (kernel) forward",
         "tokens",
         "query heads that share keys",
         "2,048",

@@ -93,16 +93,20 @@ def plot_speedup(rows: list[Row], output: Path) -> None:
 
 
 def _draw_speedup(ax: Axes, rows: list[Row], heading: str, key: Callable[[Row], int]) -> None:
-    lines: dict[str, list[tuple[int, float]]] = {}
+    """A colour for each kind of input; forward drawn through, backward dashed."""
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
     shapes = {row["shape"] for row in rows if not is_grouped(row)}
     for row in rows:
-        shape = f"{row['shape']} " if len(shapes) > 1 else ""
-        name = f"{shape}{row['mode']}, {row['compressor']}, {row['workload']} ({row['provider']})"
-        lines.setdefault(name, []).append((key(row), row["speedup"]))
-    for name, points in lines.items():
+        shape = f"{row['shape']}, " if len(shapes) > 1 else ""
+        name = f"{shape}{row['compressor']}, {row['workload']} ({row['provider']})"
+        lines.setdefault((name, row["mode"]), []).append((key(row), row["speedup"]))
+    names = list(dict.fromkeys(name for name, _ in lines))
+    for (name, mode), points in lines.items():
         values, ratios = zip(*sorted(points), strict=True)
-        style = "-" if "forward" in name else "--"
-        ax.plot(values, ratios, style, marker="o", markersize=4, label=name)
+        color = f"C{names.index(name) % 10}"
+        style = "-" if mode == "forward" else "--"
+        label = f"{name} {mode}"
+        ax.plot(values, ratios, style, color=color, marker="o", markersize=4, label=label)
     ax.axhline(1, color="grey", linewidth=0.8)
     ax.set_xscale("log", base=2)
     ticks = sorted({key(row) for row in rows})

@@ -70,7 +70,10 @@ def operations_table(root: Path) -> str:
     rows = [row for row in _rows(root) if not is_grouped(row)]
     if not rows:
         return MISSING
-    setups = dict.fromkeys(_setup(row) for row in rows)
+    # GPUs first: the threads of a row are those of a CPU.
+    setups = dict.fromkeys(
+        _setup(row) for row in sorted(rows, key=lambda row: bool(row.get("threads")))
+    )
     return "\n\n".join(
         "\n\n".join((_caption(part), _times(part, *TOKENS), MEMORY, _memory(part, *TOKENS)))
         for part in ([row for row in rows if _setup(row) == setup] for setup in setups)
@@ -140,7 +143,7 @@ def needle_table(root: Path) -> str:
 
 MISSING = "Nothing is measured yet: run `nsa bench ops`, then `nsa bench table`."
 MEMORY = "Peak memory of forward and backward on top of the inputs, GiB:"
-SHOWN = ("pipeline", "shared_pipeline", "dense_attention")
+SHOWN = ("dense_attention", "pipeline", "shared_pipeline")  # In the order of a table's columns.
 # Heading and value of a row of the table.
 TOKENS = ("tokens", lambda row: row["seq_len"])
 
@@ -198,7 +201,8 @@ def _grid(
     cell: Callable[[dict[str, Row]], str],
 ) -> str:
     """A table with a column for each implementation; ``cell`` gets its rows by mode."""
-    columns = list(dict.fromkeys(_column(row) for row in rows))
+    by_kind = sorted(rows, key=lambda row: SHOWN.index(row["operation"]))
+    columns = list(dict.fromkeys(_column(row) for row in by_kind))
     found: dict[tuple[int, str], dict[str, Row]] = {}
     for row in rows:
         found.setdefault((key(row), _column(row)), {})[row["mode"]] = row
