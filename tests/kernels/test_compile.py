@@ -35,21 +35,16 @@ same_compiler = pytest.mark.skipif(
 # Kernels with more values a thread than registers today: those at 192 dims outside of their loops,
 # or a few bytes. The list may only become shorter.
 SPILLING = {
-    "paper-d128/sm_90/backward/row_values_kernel",
-    "paper/sm_90/backward/row_values_kernel",
     "paper/sm_90/backward/hopper_dq_kernel",
     "paper/sm_90/backward/hopper_range_dkv_kernel",
     "paper/sm_90/backward/hopper_range_dkv_kernel 2",
     "paper/sm_90/backward/hopper_selected_dkv_kernel",
     "paper/sm_90/selected-backward/hopper_dq_kernel",
-    "group1-d128/sm_90/backward/row_values_kernel",
     "group1-d128/sm_90/backward/dq_kernel",
     "group1-d128/sm_90/backward/range_dkv_kernel",
     "group4-d128/sm_90/forward/token_attention_fwd_kernel",
-    "group4-d128/sm_90/backward/row_values_kernel",
     "group4-d128/sm_90/backward/dq_kernel",
     "group4-d128/sm_90/backward/range_dkv_kernel",
-    "group12-d192/sm_90/backward/row_values_kernel",
     "group12-d192/sm_90/backward/range_dkv_kernel",
 }
 

@@ -57,7 +57,7 @@ def attention_bwd(
 
 
 def _row_values(
-    do: Tensor, branches: dict[str, Branch], gates: Tensor | None, dlse: Tensor | None, R=16
+    do: Tensor, branches: dict[str, Branch], gates: Tensor | None, dlse: Tensor | None, R=32
 ) -> tuple[Tensor, Tensor | None]:
     """``rows [3, 3, num_rows]`` and ``dgates``: see ``row_values_kernel``."""
     num_rows = do.numel() // do.shape[-1]
@@ -85,7 +85,7 @@ def _row_values(
             GATED=gates is not None,
             DLSE=dlse is not None,
             R=R,
-            num_warps=4,
+            num_warps=8,
         )
     return values, dgates
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from math import prod
+from math import gcd, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from nsa.kernels.hopper_compressed_attention import hopper_attention_fwd_kernel
 from nsa.kernels.hopper_scores import hopper_scores_kernel
 from nsa.kernels.hopper_token_attention import hopper_token_attention_fwd_kernel
-from nsa.ops.launch.tiles import LOG2_E, QueryTiles, launch, next_power_of_2, reachable
+from nsa.ops.launch.tiles import (
+    LOG2_E,
+    QueryTiles,
+    launch,
+    next_power_of_2,
+    reachable,
+)
 from nsa.ops.launch.tuned import capability
 
 KEY_DIMS, VALUE_DIMS = (64, 128, 192), (64, 128)
@@ -82,6 +88,13 @@ def can_copy(*tensors: Tensor) -> bool:
 def programs(device: torch.device, tiles: int) -> tuple[int]:
     """Programs that stay and share the tiles: one on each multiprocessor."""
     return (min(torch.cuda.get_device_properties(device).multi_processor_count, tiles),)
+
+
+def whole_rounds(tiles: int, num_kv_heads: int, device: torch.device) -> int:
+    """At most ``tiles``, as many as give every multiprocessor the same number of them."""
+    (count,) = programs(device, 1 << 30)
+    unit = count // gcd(count, num_kv_heads)
+    return tiles // unit * unit or tiles
 
 
 def descriptor(x: Tensor, shape: tuple[int, ...], block: list[int]) -> TensorDescriptor:

@@ -84,7 +84,10 @@ def select_blocks(
     unit = max(16, shape.BN // padded)
     stride_row = ceil_div(config.num_blocks(q_offset + q.shape[-3]), unit) * unit
     tile_bytes = tiles.tokens * sizes["K"] * stride_row * 8
-    per_chunk = min(tiles.num_tiles, max(1, SCORE_BYTES // tile_bytes))
+    per_chunk = max(1, SCORE_BYTES // tile_bytes)
+    if write_scores is hopper_forward.block_scores:
+        per_chunk = hopper_forward.whole_rounds(per_chunk, sizes["K"], q.device)
+    per_chunk = min(tiles.num_tiles, per_chunk)
     # Rows are read in powers of two from one before: there is room behind the last, and before.
     room = per_chunk * tile_bytes // 8 + max(32, next_power_of_2(stride_row))
     own, following = torch.empty(2, room, dtype=torch.float32, device=q.device)
