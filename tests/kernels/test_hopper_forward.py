@@ -144,6 +144,17 @@ def test_where_scores_apply(group, keys_per_block, expected):
 
 
 @pytest.mark.parametrize(
+    ("num_kv_heads", "tiles", "expected"),
+    [(4, 512, 495), (1, 512, 396), (33, 7, 4), (5, 131, 131)],
+)
+def test_chunks_give_every_multiprocessor_as_many_tiles(num_kv_heads, tiles, expected):
+    with tiles_of(90):  # 132 multiprocessors
+        found = hopper_forward.whole_rounds(tiles, num_kv_heads, torch.device("cuda"))
+    assert found == expected
+    assert found * num_kv_heads % 132 == 0 or tiles < 132
+
+
+@pytest.mark.parametrize(
     ("major", "dtype", "expected"),
     [
         pytest.param(9, torch.bfloat16, True, id="hopper"),
