@@ -87,14 +87,18 @@ def can_copy(*tensors: Tensor) -> bool:
 
 def programs(device: torch.device, tiles: int) -> tuple[int]:
     """Programs that stay and share the tiles: one on each multiprocessor."""
-    return (min(torch.cuda.get_device_properties(device).multi_processor_count, tiles),)
+    return (min(_multiprocessors(device), tiles),)
 
 
 def whole_rounds(tiles: int, num_kv_heads: int, device: torch.device) -> int:
     """At most ``tiles``, as many as give every multiprocessor the same number of them."""
-    (count,) = programs(device, 1 << 30)
+    count = _multiprocessors(device)
     unit = count // gcd(count, num_kv_heads)
     return tiles // unit * unit or tiles
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def descriptor(x: Tensor, shape: tuple[int, ...], block: list[int]) -> TensorDescriptor:

@@ -73,7 +73,8 @@ def select_blocks(
         return indices
     per_block = config.block_size // config.compress_stride
     padded = max(2, next_power_of_2(per_block))
-    if hopper_forward.has_scores(q, k_cmp, per_block):
+    on_hopper = hopper_forward.has_scores(q, k_cmp, per_block)
+    if on_hopper:
         shape, write_scores = hopper_forward.SCORES, hopper_forward.block_scores
     else:
         shape = tile("block_scores", sizes, q)
@@ -85,7 +86,7 @@ def select_blocks(
     stride_row = ceil_div(config.num_blocks(q_offset + q.shape[-3]), unit) * unit
     tile_bytes = tiles.tokens * sizes["K"] * stride_row * 8
     per_chunk = max(1, SCORE_BYTES // tile_bytes)
-    if write_scores is hopper_forward.block_scores:
+    if on_hopper:
         per_chunk = hopper_forward.whole_rounds(per_chunk, sizes["K"], q.device)
     per_chunk = min(tiles.num_tiles, per_chunk)
     # Rows are read in powers of two from one before: there is room behind the last, and before.
