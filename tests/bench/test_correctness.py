@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nsa.bench import correctness
 from nsa.bench.correctness import WrongResultError, check
 from nsa.bench.operations import OPERATIONS
 from nsa.bench.providers import PROVIDERS
 from nsa.bench.shapes import SHAPES
+from nsa.bench.workloads import make_tensors
 
 TINY = SHAPES["tiny"]
 CPU = torch.device("cpu")
@@ -98,3 +100,18 @@ def test_a_wrong_gradient_alone_is_caught():
     )
     with pytest.raises(WrongResultError, match="selected_attention backward"):
         check(provider, "selected_attention", "backward", TINY, "local", torch.float32, CPU)
+
+
+def test_where_terms_cancel_the_reference_of_the_dtype_is_the_bound(monkeypatch):
+    """Values much alike leave gradients of queries and keys that bfloat16 does not resolve."""
+
+    def alike(*args):
+        tensors = make_tensors(*args)
+        return {**tensors, "v_win": tensors["v_win"] + 30}
+
+    monkeypatch.setattr(correctness, "make_tensors", alike)
+    what = ("window_attention", "backward", TINY, "random", torch.bfloat16, CPU)
+    assert check(REFERENCE, *what) > 2 * correctness.BOUNDS[torch.bfloat16]
+    far_off = broken("window_attention", lambda x: x + x.detach() * 0.1)
+    with pytest.raises(WrongResultError):
+        check(far_off, *what)
