@@ -84,17 +84,21 @@ def test_mistakes_are_caught(operation, provider):
         check(provider, operation, "forward", TINY, "random", torch.float32, CPU)
 
 
+class Scaled(torch.autograd.Function):
+    """The same tensor, whose gradient is off by a factor."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
 def test_a_wrong_gradient_alone_is_caught():
-    class HalfGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * 0.99
-
-    provider = broken("selected_attention", HalfGradient.apply)
+    provider = broken("selected_attention", lambda x: Scaled.apply(x, 0.99))
     assert (
         check(provider, "selected_attention", "forward", TINY, "local", torch.float32, CPU) < 1e-5
     )
@@ -115,3 +119,19 @@ def test_where_terms_cancel_the_reference_of_the_dtype_is_the_bound(monkeypatch)
     far_off = broken("window_attention", lambda x: x + x.detach() * 0.1)
     with pytest.raises(WrongResultError):
         check(far_off, *what)
+
+    def without_gradient(tensors, config):
+        """Right but for the gradient of the queries, which is one of those that do not resolve."""
+        blocked = {**tensors, "q": Scaled.apply(tensors["q"], 0.0)}
+        return REFERENCE.operations["window_attention"](blocked, config)
+
+    with pytest.raises(WrongResultError):
+        check(replace(REFERENCE, operations={"window_attention": without_gradient}), *what)
+
+
+def test_a_reference_that_overflows_excuses_nothing():
+    one = torch.ones(2, 2, dtype=torch.float64)
+    nowhere = torch.full((2, 2), torch.inf)
+    for got in (one * 5, nowhere):
+        errors, wrong = correctness._errors((got,), (one,), lambda: (nowhere,), torch.float16)
+        assert errors == wrong, got
