@@ -38,7 +38,6 @@ SPILLING = {
     "paper/sm_90/backward/hopper_dq_kernel",
     "paper/sm_90/backward/hopper_range_dkv_kernel",
     "paper/sm_90/backward/hopper_range_dkv_kernel 2",
-    "paper/sm_90/backward/hopper_selected_dkv_kernel",
     "paper/sm_90/selected-backward/hopper_dq_kernel",
     "group1-d128/sm_90/backward/dq_kernel",
     "group1-d128/sm_90/backward/range_dkv_kernel",

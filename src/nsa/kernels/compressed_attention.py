@@ -14,7 +14,6 @@ def compressed_attention_fwd_kernel(
     o_ptr,
     lse_ptr,
     cu_seqlens_ptr,
-    tile_offsets_ptr,
     num_seqs,
     T_q,
     T_c,
@@ -39,7 +38,7 @@ def compressed_attention_fwd_kernel(
     i_k = tl.program_id(1)
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest tiles first
     t_0, q_0, _, c_0, n_q = locate_tile(
-        i_tile, cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_q, T_c, BQ, STRIDE, PACKED
+        i_tile, cu_seqlens_ptr, num_seqs, T_q, T_q, T_c, BQ, STRIDE, PACKED
     )
     if t_0 >= n_q:
         return

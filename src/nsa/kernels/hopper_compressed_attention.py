@@ -205,7 +205,7 @@ def _consumer(
             i_flat, num_tiles - 1, tiles, K, BQ, BN, BLOCK, STRIDE, PACKED
         )
         o_t = t_0 + o_m // G
-        b_visible = num_visible(tiles[5] + o_t, BLOCK, STRIDE)
+        b_visible = num_visible(tiles[4] + o_t, BLOCK, STRIDE)
         b_m = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
         b_l = gl.zeros([64], gl.float32, gl.SliceLayout(1, s_layout))
         b_acc = gl.zeros([64, DV], gl.float32, o_layout)
@@ -268,7 +268,6 @@ def hopper_attention_fwd_kernel(
     o_ptr,
     lse_ptr,
     cu_seqlens_ptr,
-    tile_offsets_ptr,
     num_tiles,
     num_seqs,
     T_q,
@@ -306,7 +305,7 @@ def hopper_attention_fwd_kernel(
     fence_async_shared()
     barrier()
     bars = (q_full, q_empty, full, empty, v_full, v_empty, turns)
-    tiles = (cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_c, q_offset)
+    tiles = (cu_seqlens_ptr, num_seqs, T_q, T_c, q_offset)
     ring = (q_s, k_s, v_s, bars)
     out = (o_ptr.to(gl.pointer_type(gl.int32)), lse_ptr, scale_log2)  # Written as pairs.
     gl.warp_specialize(

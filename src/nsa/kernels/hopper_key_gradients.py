@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa.kernels.hopper_tiles import await_turn, barrier, barriers, pass_turn
-from nsa.kernels.tiles import find_range, locate_tile
+from nsa.kernels.tiles import find_numbered, first_number, locate_tile
 
 # Registers of a thread of the second warpgroup and of the warp that copies; the first one gets the
 # rest. Of more than 256 columns the sums take so many that copying has to do with fewer.
@@ -340,7 +340,6 @@ def hopper_range_dkv_kernel(
     dk_ptr,
     dv_ptr,
     cu_seqlens_ptr,
-    tile_offsets_ptr,
     num_seqs,
     num_rows,
     T_q,
@@ -368,7 +367,6 @@ def hopper_range_dkv_kernel(
     s_0, token_0, q_0, c_0, n_k = locate_tile(
         gl.program_id(0),
         cu_seqlens_ptr,
-        tile_offsets_ptr,
         num_seqs,
         T_k,
         T_q,
@@ -411,7 +409,9 @@ def hopper_range_dkv_kernel(
     _run(k_desc, v_desc, key_row, source, (out, out), masked, steps, n_0, SHAPE)
 
 
-@gluon.jit(do_not_specialize=["num_lists", "q_offset", "segment"])
+@gluon.jit(
+    do_not_specialize=["num_seqs", "num_lists", "q_offset", "segment", "T_q", "T_k"],
+)
 def hopper_selected_dkv_kernel(
     q_desc,
     do_desc,
@@ -422,17 +422,19 @@ def hopper_selected_dkv_kernel(
     dv_ptr,
     entries_ptr,
     entry_offsets_ptr,
-    part_offsets_ptr,
-    first_key_ptr,
-    first_query_ptr,
+    cu_seqlens_ptr,
+    num_seqs,
     num_lists,
     num_rows,
     q_offset,
     scale_log2,
     scale,
     segment,
+    T_q,
+    T_k,
     K: gl.constexpr,
     SHAPE: gl.constexpr,
+    PACKED: gl.constexpr,
 ):
     """Grid (parts): as ``selected_dkv_kernel`` for blocks of 64 keys.
 
@@ -442,22 +444,22 @@ def hopper_selected_dkv_kernel(
     rows_a_step: gl.constexpr = SHAPE[BM]
     tokens: gl.constexpr = rows_a_step // group
     i_part = gl.program_id(0)
-    if i_part >= gl.load(part_offsets_ptr + num_lists):
+    i_list = find_numbered(entry_offsets_ptr, num_lists, i_part, segment)
+    i_segment = i_part - first_number(entry_offsets_ptr, i_list, segment)
+    first = gl.load(entry_offsets_ptr + i_list) + i_segment * segment
+    last = gl.minimum(first + segment, gl.load(entry_offsets_ptr + i_list + 1))
+    if first >= last:
         return
-    i_list = find_range(part_offsets_ptr, num_lists, i_part)
     num_blocks = num_lists // K
     i_k = i_list // num_blocks
-    i_block = i_list % num_blocks
-    part_0 = gl.load(part_offsets_ptr + i_list)
-    e_0 = gl.load(entry_offsets_ptr + i_list) + (i_part - part_0) * segment
-    first = e_0.to(gl.int32)
-    last = gl.minimum(e_0 + segment, gl.load(entry_offsets_ptr + i_list + 1)).to(gl.int32)
-    key_0 = gl.load(first_key_ptr + i_block).to(gl.int32)
-    q_0 = gl.load(first_query_ptr + i_block).to(gl.int32)
-    start = gl.load(first_key_ptr + num_blocks + i_block).to(gl.int32)
+    start, token_0, query_0, _, _ = locate_tile(
+        i_list % num_blocks, cu_seqlens_ptr, num_seqs, T_k, T_q, 0, 64, 1, PACKED
+    )
+    key_0 = (token_0 + start).to(gl.int32)
+    q_0 = query_0.to(gl.int32)
     steps = (last - first + tokens - 1) // tokens
     # Only queries inside the block itself see a part of it, and they come first.
-    inside = 64 if i_part == part_0 else 0
+    inside = 64 if i_segment == 0 else 0
     masked = gl.minimum((inside + 2 * tokens - 1) // (2 * tokens) * 2, steps)
     dk: gl.constexpr = SHAPE[DK] * 64
     dv: gl.constexpr = SHAPE[DV] * 64

@@ -65,13 +65,13 @@ def _plan(i_flat, num_tiles, tiles, union, SHAPE: gl.constexpr):
     queries, first key of the window, entry of the tile in ``union``, and steps of each branch.
     """
     tokens: gl.constexpr = BM // SHAPE[G]
-    cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_k, T_c, q_offset, window = tiles
+    cu_seqlens_ptr, num_seqs, T_q, T_k, T_c, q_offset, window = tiles
     i_tile = num_tiles - 1 - i_flat // SHAPE[K]
     i_k = i_flat % SHAPE[K]
     packed: gl.constexpr = SHAPE[PACKED]
     stride: gl.constexpr = SHAPE[STRIDE]
     t_0, q_0, k_0, c_0, n_q = locate_tile(
-        i_tile, cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_k, T_c, tokens, stride, packed
+        i_tile, cu_seqlens_ptr, num_seqs, T_q, T_k, T_c, tokens, stride, packed
     )
     last = q_offset + gl.minimum(t_0 + tokens, n_q) - 1
     first = gl.maximum(q_offset + t_0 - window + 1, 0)
@@ -249,13 +249,13 @@ def _consumer(
             b_delta = gl.load(p_value + num_rows, mask=m_row, other=0.0)
             b_gate = gl.load(p_value + 2 * num_rows.to(gl.int64), mask=m_row, other=0.0)
             # A row sees keys from ``lower`` to ``upper``; ``clear`` is what all rows see of it.
-            position = tiles[6] + o_t
-            p_first = tiles[6] + t_0
+            position = tiles[5] + o_t
+            p_first = tiles[5] + t_0
             visible = num_visible(position, SHAPE[BLOCK], SHAPE[STRIDE])
             v_first = num_visible(p_first, SHAPE[BLOCK], SHAPE[STRIDE])
             upper = gl.where(branch == COMPRESSED, visible, position + 1)
             clear_to = gl.where(branch == COMPRESSED, v_first, p_first + 1)
-            reach = gl.where(branch == WINDOW, tiles[7], 1 << 30)
+            reach = gl.where(branch == WINDOW, tiles[6], 1 << 30)
             lower = position + 1 - reach
             clear_from = p_first + tokens - reach
             start = gl.where(branch == WINDOW, first, 0)
@@ -310,7 +310,6 @@ def hopper_dq_kernel(
     bits_ptr,
     counts_ptr,
     cu_seqlens_ptr,
-    tile_offsets_ptr,
     num_tiles,
     num_seqs,
     num_rows,
@@ -346,7 +345,7 @@ def hopper_dq_kernel(
     )  # fmt: skip
     queries = (q_s, do_s, q_full, q_empty)
     ring = (k_s, v_s, full, empty)
-    tiles = (cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_k, T_c, q_offset, window)
+    tiles = (cu_seqlens_ptr, num_seqs, T_q, T_k, T_c, q_offset, window)
     union = (blocks_ptr, bits_ptr, counts_ptr)
     gl.warp_specialize(
         [

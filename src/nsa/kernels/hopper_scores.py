@@ -235,7 +235,7 @@ def _consumer(
             queries[h].store(loaded[h])
         fence_async_shared()
         barrier()
-        b_visible = num_visible(tiles[5] + t_0 + s_token, BLOCK, STRIDE)
+        b_visible = num_visible(tiles[4] + t_0 + s_token, BLOCK, STRIDE)
         p_row = (q_0 + t_0 + s_token) * H + i_k * G + s_head
         m_row = (t_0 + s_token < n_q) & (s_head < G)
         b_lse = gl.load(lse_ptr + p_row, mask=m_row, other=float("inf")) * 1.4426950408889634
@@ -277,7 +277,6 @@ def hopper_scores_kernel(
     own_ptr,
     next_ptr,
     cu_seqlens_ptr,
-    tile_offsets_ptr,
     first_tile,
     num_tiles,
     num_seqs,
@@ -315,7 +314,7 @@ def hopper_scores_kernel(
     full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
     fence_async_shared()
     barrier()
-    tiles = (cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_c, q_offset)
+    tiles = (cu_seqlens_ptr, num_seqs, T_q, T_c, q_offset)
     last_tile = first_tile + num_tiles - 1
     inputs = (q_ptr, lse_ptr, scale_log2)
     out = (own_ptr, next_ptr, stride_row)

@@ -200,10 +200,10 @@ def tile_steps(
     Returns kv head, first token in its sequence, first rows of q and slots, number of queries, keys
     that any of them sees, steps of keys, and how many steps, the last, need masks.
     """
-    cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_c, q_offset = tiles
+    cu_seqlens_ptr, num_seqs, T_q, T_c, q_offset = tiles
     i_tile = last_tile - i_flat // K
     t_0, q_0, _, c_0, n_q = locate_tile(
-        i_tile, cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_q, T_c, BQ, STRIDE, PACKED
+        i_tile, cu_seqlens_ptr, num_seqs, T_q, T_q, T_c, BQ, STRIDE, PACKED
     )
     n_all = num_visible(q_offset + t_0, BLOCK, STRIDE)
     n_any = num_visible(q_offset + gl.minimum(t_0 + BQ, n_q) - 1, BLOCK, STRIDE)

@@ -65,11 +65,11 @@ def _locate(i_flat, tiles, SHAPE: gl.constexpr):
     """
     tokens: gl.constexpr = BM // SHAPE[G]
     packed: gl.constexpr = SHAPE[PACKED]
-    cu_seqlens_ptr, tile_offsets_ptr, num_tiles, num_seqs, K, T_q, T_k, q_offset, _ = tiles
+    cu_seqlens_ptr, num_tiles, num_seqs, K, T_q, T_k, q_offset, _ = tiles
     i_tile = num_tiles - 1 - i_flat % num_tiles
     i_k = i_flat // num_tiles
     t_0, q_0, k_0, _, n_q = locate_tile(
-        i_tile, cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_k, 0, tokens, 1, packed
+        i_tile, cu_seqlens_ptr, num_seqs, T_q, T_k, 0, tokens, 1, packed
     )
     last = q_offset + gl.minimum(t_0 + tokens, n_q) - 1
     i_list = (i_tile * K + i_k).to(gl.int64)
@@ -81,7 +81,7 @@ def _range(branch, place, tiles, lists, SHAPE: gl.constexpr):
     """First key of a branch (of all blocks or the window) and its steps."""
     _k, t_0, _q, _t, n_q, start, last, i_list = place
     exists = t_0 < n_q
-    first = gl.where(branch == 0, 0, gl.maximum(start - tiles[8] + 1, 0))
+    first = gl.where(branch == 0, 0, gl.maximum(start - tiles[7] + 1, 0))
     steps = gl.where(exists, (last - first) // BN + 1, 0)
     if SHAPE[SLC] and not SHAPE[ALL]:
         chosen = gl.load(lists[2] + i_list, mask=branch == 0, other=0)
@@ -131,7 +131,7 @@ def _producer(tiles, lists, q_desc, keys, memory, bars, SHAPE: gl.constexpr):
     q_full, q_empty, _full, _empty = bars
     i_copy = 0
     q_phase = 0
-    for i_flat in range(gl.program_id(0), tiles[2] * tiles[4], gl.num_programs(0)):
+    for i_flat in range(gl.program_id(0), tiles[1] * tiles[3], gl.num_programs(0)):
         place = _locate(i_flat, tiles, SHAPE)
         i_k, t_0, q_0, k_0, _n, _start, _last, i_list = place
         mbarrier.wait(q_empty, q_phase ^ 1)
@@ -244,11 +244,11 @@ def _consumer(
     o_m = ROW + gl.arange(0, 64, rows)
     i_copy = 0
     q_phase = 0
-    for i_flat in range(gl.program_id(0), tiles[2] * tiles[4], gl.num_programs(0)):
+    for i_flat in range(gl.program_id(0), tiles[1] * tiles[3], gl.num_programs(0)):
         place = _locate(i_flat, tiles, SHAPE)
         i_k, t_0, q_0, _k, n_q, start, last, i_list = place
         o_t = t_0 + o_m // group
-        p_row = ((q_0 + o_t) * tiles[4] + i_k) * group + o_m % group
+        p_row = ((q_0 + o_t) * tiles[3] + i_k) * group + o_m % group
         mbarrier.wait(q_full, q_phase)
         q_phase = q_phase ^ 1
         b_q = ()
@@ -258,7 +258,7 @@ def _consumer(
         mbarrier.arrive(q_empty, count=1)
         for branch in range(FROM, TO):
             first, steps = _range(branch, place, tiles, lists, SHAPE)
-            reach = gl.where(branch == 0, 0x7FFFFFFF, tiles[8])
+            reach = gl.where(branch == 0, 0x7FFFFFFF, tiles[7])
             oldest = last - reach + 1  # What the last query still sees.
             b_m = gl.full([64], LOWEST, gl.float32, rows)
             b_l = gl.zeros([64], gl.float32, rows)
@@ -356,7 +356,6 @@ def hopper_token_attention_fwd_kernel(
     bits_ptr,
     counts_ptr,
     cu_seqlens_ptr,
-    tile_offsets_ptr,
     num_tiles,
     num_seqs,
     K,
@@ -391,7 +390,7 @@ def hopper_token_attention_fwd_kernel(
     memory = (q_s, k_s, v_s)
     bars = (q_full, q_empty, full, empty)
     tiles = (
-        cu_seqlens_ptr, tile_offsets_ptr, num_tiles, num_seqs, K, T_q, T_k, q_offset, window
+        cu_seqlens_ptr, num_tiles, num_seqs, K, T_q, T_k, q_offset, window
     )  # fmt: skip
     lists = (blocks_ptr, bits_ptr, counts_ptr, num_entries)
     # Outputs are written, and read, as pairs.

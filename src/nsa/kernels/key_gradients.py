@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from nsa.kernels.query_gradients import row_values
-from nsa.kernels.tiles import find_range, locate_tile
+from nsa.kernels.tiles import find_numbered, first_number, locate_tile
 
 
 @triton.jit
@@ -60,7 +60,6 @@ def range_dkv_kernel(
     dk_ptr,
     dv_ptr,
     cu_seqlens_ptr,
-    tile_offsets_ptr,
     num_seqs,
     num_rows,
     T_q,
@@ -99,7 +98,6 @@ def range_dkv_kernel(
     s_0, k_token_0, q_0, c_0, n_k = locate_tile(
         tl.program_id(0),
         cu_seqlens_ptr,
-        tile_offsets_ptr,
         num_seqs,
         T_k,
         T_q,
@@ -183,16 +181,16 @@ def selected_dkv_kernel(
     dv_ptr,
     entries_ptr,
     entry_offsets_ptr,
-    part_offsets_ptr,
-    first_key_ptr,
-    num_keys_ptr,
-    first_query_ptr,
+    cu_seqlens_ptr,
+    num_seqs,
     num_lists,
     num_rows,
     q_offset,
     scale_log2,
     scale,
     segment,
+    T_q,
+    T_k,
     H: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
@@ -202,35 +200,32 @@ def selected_dkv_kernel(
     DV: tl.constexpr,
     DVP: tl.constexpr,
     SELECT: tl.constexpr,
+    PACKED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Grid (parts, SELECT / BN): a part is a segment of the queries of one (kv head, block).
 
     List ``i = kv head * blocks + block`` holds the query rows ``entries[entry_offsets[i] :
-    entry_offsets[i + 1]]``, ascending, and the parts ``part_offsets[i] : part_offsets[i + 1]``.
-    ``first_key``, ``num_keys``, ``first_query`` per block say where it lies. Sums go to ``dk, dv
-    [parts, SELECT, D]``.
+    entry_offsets[i + 1]]``, ascending. Its parts are numbered as by ``first_number``, and so are
+    blocks; sums go to ``dk, dv [parts, SELECT, D]``.
     """
     BQ: tl.constexpr = BM // GP
     i_part = tl.program_id(0)
-    if i_part >= tl.load(part_offsets_ptr + num_lists):
+    i_list = find_numbered(entry_offsets_ptr, num_lists, i_part, segment)
+    i_segment = i_part - first_number(entry_offsets_ptr, i_list, segment)
+    e_0 = tl.load(entry_offsets_ptr + i_list) + i_segment * segment
+    e_1 = tl.minimum(e_0 + segment, tl.load(entry_offsets_ptr + i_list + 1))
+    if e_0 >= e_1:
         return
-    i_list = find_range(part_offsets_ptr, num_lists, i_part)
     num_blocks = num_lists // K
     i_k = i_list // num_blocks
-    i_block = i_list % num_blocks
-    e_0 = (
-        tl.load(entry_offsets_ptr + i_list)
-        + (i_part - tl.load(part_offsets_ptr + i_list)) * segment
+    start, token_0, query_0, _, n_k = locate_tile(
+        i_list % num_blocks, cu_seqlens_ptr, num_seqs, T_k, T_q, 0, SELECT, 1, PACKED
     )
-    e_1 = tl.minimum(e_0 + segment, tl.load(entry_offsets_ptr + i_list + 1))
-    key_0 = tl.load(first_key_ptr + i_block)
-    query_0 = tl.load(first_query_ptr + i_block)
-    num_keys = tl.load(num_keys_ptr + i_block)
-    start = tl.load(first_key_ptr + num_blocks + i_block)  # position of the block in its sequence
+    key_0 = token_0 + start
     o_n = tl.program_id(1) * BN + tl.arange(0, BN)
-    m_n = (o_n < num_keys)[:, None]
+    m_n = (start + o_n < n_k)[:, None]
     o_dk = tl.arange(0, DKP)
     o_dv = tl.arange(0, DVP)
     b_k = tl.load(
@@ -277,16 +272,58 @@ def selected_dkv_kernel(
     tl.store(dv_ptr + p_part * DV + o_dv[None, :], b_dv, mask=m_n & (o_dv < DV)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "num_blocks", "T_q", "T_k"])
+def list_numbers_kernel(
+    indices_ptr,
+    numbers_ptr,
+    cu_seqlens_ptr,
+    num_seqs,
+    num_blocks,
+    T_q,
+    T_k,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    E: tl.constexpr,
+    SELECT: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Grid (tiles of SELECT queries, K): the list of each entry ``[tokens, K, N]`` of the choice.
+
+    That is ``kv head * num_blocks + block``, blocks of all sequences numbered through; unused
+    entries belong behind all lists.
+    """
+    i_tile = tl.program_id(0)
+    i_k = tl.program_id(1)
+    t_0, q_0, _, _, n_q = locate_tile(
+        i_tile, cu_seqlens_ptr, num_seqs, T_q, T_q, 0, SELECT, 1, PACKED
+    )
+    if t_0 >= n_q:
+        return
+    if PACKED:  # Blocks are tiles of the sequence's own tokens.
+        first = i_tile - t_0 // SELECT
+    else:
+        first = i_tile // tl.cdiv(T_q, SELECT) * tl.cdiv(T_k, SELECT)
+    o_e = tl.arange(0, E)
+    o_t = o_e // N
+    m_e = (o_t < SELECT) & (t_0 + o_t < n_q)
+    p_e = ((q_0 + t_0 + o_t) * K + i_k) * N + o_e % N
+    b_block = tl.load(indices_ptr + p_e, mask=m_e, other=-1)
+    b_number = tl.where(b_block < 0, K * num_blocks, i_k * num_blocks + first + b_block)
+    tl.store(numbers_ptr + p_e, b_number, mask=m_e)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_blocks", "segment", "T_k"])
 def sum_parts_kernel(
     parts_k_ptr,
     parts_v_ptr,
     dk_ptr,
     dv_ptr,
-    part_offsets_ptr,
-    first_key_ptr,
-    num_keys_ptr,
+    entry_offsets_ptr,
+    cu_seqlens_ptr,
+    num_seqs,
     num_blocks,
+    segment,
+    T_k,
     SUMS: tl.constexpr,
     K: tl.constexpr,
     DK: tl.constexpr,
@@ -294,6 +331,7 @@ def sum_parts_kernel(
     DKP: tl.constexpr,
     DVP: tl.constexpr,
     SELECT: tl.constexpr,
+    PACKED: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Grid (blocks, K, SELECT / BN).
@@ -304,10 +342,15 @@ def sum_parts_kernel(
     i_k = tl.program_id(1)
     i_list = i_k * num_blocks + i_block
     o_n = tl.program_id(2) * BN + tl.arange(0, BN)
-    row = (tl.load(first_key_ptr + i_block) + o_n) * K + i_k
-    m_n = o_n < tl.load(num_keys_ptr + i_block)
-    first = tl.load(part_offsets_ptr + i_list) * SUMS
-    last = tl.load(part_offsets_ptr + i_list + 1) * SUMS
+    start, token_0, _, _, n_k = locate_tile(
+        i_block, cu_seqlens_ptr, num_seqs, T_k, T_k, 0, SELECT, 1, PACKED
+    )
+    row = (token_0 + start + o_n) * K + i_k
+    m_n = start + o_n < n_k
+    first = first_number(entry_offsets_ptr, i_list, segment)
+    entries = tl.load(entry_offsets_ptr + i_list + 1) - tl.load(entry_offsets_ptr + i_list)
+    last = (first + tl.cdiv(entries, segment)) * SUMS
+    first *= SUMS
     _sum_parts(parts_k_ptr, dk_ptr, first, last, o_n, row, m_n, DK, DKP, SELECT, BN)
     _sum_parts(parts_v_ptr, dv_ptr, first, last, o_n, row, m_n, DV, DVP, SELECT, BN)
 

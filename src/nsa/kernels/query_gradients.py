@@ -101,7 +101,6 @@ def dq_kernel(
     bits_ptr,
     counts_ptr,
     cu_seqlens_ptr,
-    tile_offsets_ptr,
     num_seqs,
     num_rows,
     T_q,
@@ -137,7 +136,7 @@ def dq_kernel(
     i_k = tl.program_id(1)
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     t_0, q_0, k_0, c_0, n_q = locate_tile(
-        i_tile, cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_k, T_c, BQ, STRIDE, PACKED
+        i_tile, cu_seqlens_ptr, num_seqs, T_q, T_k, T_c, BQ, STRIDE, PACKED
     )
     if t_0 >= n_q:
         return

@@ -56,7 +56,6 @@ def block_scores_kernel(
     own_ptr,
     next_ptr,
     cu_seqlens_ptr,
-    tile_offsets_ptr,
     first_tile,
     num_seqs,
     T_q,
@@ -92,7 +91,7 @@ def block_scores_kernel(
     i_k = tl.program_id(1)
     i_tile = first_tile + tl.num_programs(0) - 1 - tl.program_id(0)
     t_0, q_0, _, c_0, n_q = locate_tile(
-        i_tile, cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_q, T_c, BQ, STRIDE, PACKED
+        i_tile, cu_seqlens_ptr, num_seqs, T_q, T_q, T_c, BQ, STRIDE, PACKED
     )
     if t_0 >= n_q:
         return
@@ -183,7 +182,6 @@ def top_blocks_kernel(
     next_ptr,
     indices_ptr,
     cu_seqlens_ptr,
-    tile_offsets_ptr,
     first_tile,
     num_seqs,
     T_q,
@@ -214,7 +212,7 @@ def top_blocks_kernel(
     i_k = tl.program_id(1)
     i_local = tl.program_id(0) // BQ
     t_0, q_0, _, _, n_q = locate_tile(
-        first_tile + i_local, cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_q, 0, BQ, 1, PACKED
+        first_tile + i_local, cu_seqlens_ptr, num_seqs, T_q, T_q, 0, BQ, 1, PACKED
     )
     t = t_0 + tl.program_id(0) % BQ
     if t >= n_q:
@@ -311,7 +309,6 @@ def union_blocks_kernel(
     bits_ptr,
     counts_ptr,
     cu_seqlens_ptr,
-    tile_offsets_ptr,
     num_seqs,
     T_q,
     K: tl.constexpr,
@@ -332,9 +329,7 @@ def union_blocks_kernel(
     """
     i_k = tl.program_id(1)
     i_tile = tl.program_id(0)
-    t_0, q_0, _, _, n_q = locate_tile(
-        i_tile, cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_q, 0, BQ, 1, PACKED
-    )
+    t_0, q_0, _, _, n_q = locate_tile(i_tile, cu_seqlens_ptr, num_seqs, T_q, T_q, 0, BQ, 1, PACKED)
     p_tile = (i_tile * K + i_k).to(tl.int64)
     if t_0 >= n_q:
         tl.store(counts_ptr + p_tile, 0)

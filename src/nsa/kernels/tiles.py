@@ -15,13 +15,23 @@ import triton.language as tl
 
 
 @triton.jit
-def find_range(offsets_ptr, num, i):
-    """The last of ``num`` ranges that starts at or before ``i``, given ascending starts."""
+def first_number(starts_ptr, i, UNIT):
+    """The first number of range ``i`` where ranges are cut into units of up to ``UNIT`` elements.
+
+    A closed form of where the range starts, which leaves room for a last unit that is not full:
+    there may be a number without elements behind it.
+    """
+    return tl.load(starts_ptr + i) // UNIT + i
+
+
+@triton.jit
+def find_numbered(starts_ptr, num, number, UNIT):
+    """The last of ``num`` ranges whose ``first_number`` is ``number`` at most."""
     lo = 0
     hi = num
     while lo + 1 < hi:
         mid = (lo + hi) // 2
-        before = tl.load(offsets_ptr + mid) <= i
+        before = first_number(starts_ptr, mid, UNIT) <= number
         lo = tl.where(before, mid, lo)
         hi = tl.where(before, hi, mid)
     return lo
@@ -31,7 +41,6 @@ def find_range(offsets_ptr, num, i):
 def locate_tile(
     i_tile,
     cu_seqlens_ptr,
-    tile_offsets_ptr,
     num_seqs,
     T_q,
     T_k,
@@ -42,10 +51,10 @@ def locate_tile(
 ):
     """First token of a tile in its sequence; first rows of q, k, slots; number of queries."""
     if PACKED:
-        i_seq = find_range(tile_offsets_ptr, num_seqs, i_tile)
+        i_seq = find_numbered(cu_seqlens_ptr, num_seqs, i_tile, BQ)
         start = tl.load(cu_seqlens_ptr + i_seq).to(tl.int64)
         n_q = (tl.load(cu_seqlens_ptr + i_seq + 1) - start).to(tl.int32)
-        t_0 = (i_tile - tl.load(tile_offsets_ptr + i_seq)) * BQ
+        t_0 = (i_tile - first_number(cu_seqlens_ptr, i_seq, BQ)) * BQ
         return t_0, start, start, start // STRIDE, n_q
     else:
         tiles = tl.cdiv(T_q, BQ)

@@ -24,7 +24,6 @@ def token_attention_fwd_kernel(
     bits_ptr,
     counts_ptr,
     cu_seqlens_ptr,
-    tile_offsets_ptr,
     num_seqs,
     T_q,
     T_k,
@@ -60,7 +59,7 @@ def token_attention_fwd_kernel(
     i_k = tl.program_id(1)
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     t_0, q_0, k_0, _, n_q = locate_tile(
-        i_tile, cu_seqlens_ptr, tile_offsets_ptr, num_seqs, T_q, T_k, 0, BQ, 1, PACKED
+        i_tile, cu_seqlens_ptr, num_seqs, T_q, T_k, 0, BQ, 1, PACKED
     )
     if t_0 >= n_q:
         return

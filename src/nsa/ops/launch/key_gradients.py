@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from nsa.kernels.hopper_key_gradients import (
 )
 from nsa.kernels.key_gradients import range_dkv_kernel, selected_dkv_kernel, sum_parts_kernel
 from nsa.ops.launch import hopper_key_gradients as hopper
-from nsa.ops.launch.block_lists import BlockTable, block_table, invert
+from nsa.ops.launch.block_lists import invert
 from nsa.ops.launch.branches import Branch, Geometry
 from nsa.ops.launch.tiles import (
     QueryTiles,
@@ -134,37 +135,37 @@ def selected_dkv(rows: Rows, branch: Branch, geometry: Geometry) -> tuple[Tensor
     assert branch.block_indices is not None, "the selected branch needs its block indices"
     if not q.numel():
         return dk.zero_(), dv.zero_()
-    blocks = block_table(branch.k, q, geometry.cu_seqlens, size)
-    entries, entry_offsets = invert(branch.block_indices, blocks, num_kv_heads)
+    num_keys = branch.k.shape[-3]
+    blocks = QueryTiles.of(q, geometry.cu_seqlens, size, num_keys)
+    entries, entry_offsets = invert(branch.block_indices, q, blocks, num_keys)
     on_hopper = size == 64 and hopper.applies(q, branch.v, sizes)
     sums, part = (2, 2 * PART) if on_hopper else (1, PART)
-    part_offsets = torch.zeros_like(entry_offsets)
-    per_list = (entry_offsets.diff() + (part - 1)) // part
-    torch.cumsum(per_list, 0, out=part_offsets[1:])
-    num_lists = num_kv_heads * blocks.num_blocks
+    num_lists = num_kv_heads * blocks.num_tiles
     max_parts = num_lists + branch.block_indices.numel() // part
     parts_k, parts_v = (
         q.new_empty(sums * max_parts, size, sizes[dim], dtype=torch.float32) for dim in ("DK", "DV")
     )
-    where = {"part_offsets_ptr": part_offsets, "first_key_ptr": blocks.first_key}
+    where = {
+        "entry_offsets_ptr": entry_offsets,
+        **blocks.arguments(),
+        "segment": part,
+        "T_k": num_keys,
+    }
     common = {
         "dk_ptr": parts_k,
         "dv_ptr": parts_v,
         "entries_ptr": entries,
-        "entry_offsets_ptr": entry_offsets,
         **where,
-        "first_query_ptr": blocks.first_query,
         "num_lists": num_lists,
         "num_rows": rows.values.shape[-1],
+        "T_q": q.shape[-3],
         **geometry.scalars(),
-        "segment": part,
     }
     if on_hopper:
         common |= {**rows.descriptors(branch), **hopper.selected_arguments(sizes)}
         launch(hopper_selected_dkv_kernel, (max_parts,), **common)
     else:
-        common |= {**rows.arguments(branch), "num_keys_ptr": blocks.num_keys}
-        common |= {**sizes, "SELECT": size, **shape._asdict()}
+        common |= {**rows.arguments(branch), **sizes, "SELECT": size, **shape._asdict()}
         launch(selected_dkv_kernel, (max_parts, ceil_div(size, shape.BN)), **common)
     _sum_parts((parts_k, parts_v), (dk, dv), sums, shape.BN, blocks, where)
     return dk, dv
@@ -175,22 +176,21 @@ def _sum_parts(
     out: tuple[Tensor, Tensor],
     sums: int,
     BN: int,
-    blocks: BlockTable,
-    where: dict[str, Tensor],
+    blocks: QueryTiles,
+    where: dict[str, Any],
 ) -> None:
     """Adds the ``sums`` partial sums of each part of a block's list: ``dk`` and ``dv``."""
     size, num_kv_heads = parts[0].shape[1], out[0].shape[-2]
     key_dim, value_dim = (x.shape[-1] for x in out)
     launch(
         sum_parts_kernel,
-        (blocks.num_blocks, num_kv_heads, ceil_div(size, BN)),
+        (blocks.num_tiles, num_kv_heads, ceil_div(size, BN)),
         parts_k_ptr=parts[0],
         parts_v_ptr=parts[1],
         dk_ptr=out[0],
         dv_ptr=out[1],
         **where,
-        num_keys_ptr=blocks.num_keys,
-        num_blocks=blocks.num_blocks,
+        num_blocks=blocks.num_tiles,
         SUMS=sums,
         K=num_kv_heads,
         DK=key_dim,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
@@ -70,15 +69,14 @@ def reachable(x: Tensor, q: Tensor, q_offset: int, block: int, stride: int) -> T
 class QueryTiles:
     """Tiles of ``tokens`` consecutive queries, numbered over all sequences.
 
-    Packed sequences of unknown lengths need at most ``total // tokens + num_seqs`` tiles, so
-    nothing is read back from the device; programs past the last tile stop at once.
+    Packed sequences of unknown lengths have ``total // tokens + num_seqs`` tiles, some of them
+    without tokens, so nothing is read back from the device; see ``locate_tile``.
     """
 
     tokens: int
     num_tiles: int
     num_seqs: int
     cu_seqlens: Tensor
-    offsets: Tensor
     packed: bool
 
     @classmethod
@@ -91,18 +89,14 @@ class QueryTiles:
         """
         if cu_seqlens is None:
             count = q.shape[0] * ceil_div(q.shape[1] if length is None else length, tokens)
-            return cls(tokens, count, q.shape[0], q, q, False)
+            return cls(tokens, count, q.shape[0], q, False)
         num_seqs = cu_seqlens.shape[0] - 1
-        per_seq = (cu_seqlens[1:] - cu_seqlens[:-1] + tokens - 1) // tokens
-        offsets = torch.zeros_like(cu_seqlens)
-        offsets[1:] = torch.cumsum(per_seq, 0)
-        return cls(tokens, q.shape[0] // tokens + num_seqs, num_seqs, cu_seqlens, offsets, True)
+        return cls(tokens, q.shape[0] // tokens + num_seqs, num_seqs, cu_seqlens, True)
 
     def places(self) -> dict:
-        """Kernel arguments that locate a tile. Without packing the pointers are never read."""
+        """Kernel arguments that locate a tile. Without packing the pointer is never read."""
         return {
             "cu_seqlens_ptr": self.cu_seqlens,
-            "tile_offsets_ptr": self.offsets,
             "num_seqs": self.num_seqs,
         }
 
