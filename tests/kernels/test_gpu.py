@@ -258,6 +258,7 @@ def test_works_inside_a_cuda_graph():
         assert torch.equal(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Of what inductor imports.
 def test_compiles_to_one_graph():
     tensors = paper_inputs(2000)
 

@@ -226,6 +226,8 @@ def selected_dkv_kernel(
     key_0 = token_0 + start
     o_n = tl.program_id(1) * BN + tl.arange(0, BN)
     m_n = (start + o_n < n_k)[:, None]
+    if SELECT % BN != 0:
+        m_n = m_n & (o_n < SELECT)[:, None]
     o_dk = tl.arange(0, DKP)
     o_dv = tl.arange(0, DVP)
     b_k = tl.load(
@@ -347,6 +349,8 @@ def sum_parts_kernel(
     )
     row = (token_0 + start + o_n) * K + i_k
     m_n = start + o_n < n_k
+    if SELECT % BN != 0:
+        m_n = m_n & (o_n < SELECT)
     first = first_number(entry_offsets_ptr, i_list, segment)
     entries = tl.load(entry_offsets_ptr + i_list + 1) - tl.load(entry_offsets_ptr + i_list)
     last = (first + tl.cdiv(entries, segment)) * SUMS
