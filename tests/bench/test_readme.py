@@ -184,8 +184,7 @@ def test_the_needle_table_has_a_line_for_each_depth(tmp_path):
             "versions": {"torch": "2"},
             "commit": None,
         },
-        "settings": {"needle": {"num_samples": 10}},
-        "limit": None,
+        "settings": {"settings": {"needle": {"num_samples": 12}}, "limit": 10},
         "needle": [
             {"num_keys": keys, "length": 1024, "depth": depth, "accuracy": accuracy}
             for keys, depth, accuracy in ((1, 0, 1.0), (1, 50, 0.4), (4, 0, 0.9), (4, 50, 0.5))

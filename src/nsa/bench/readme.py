@@ -128,7 +128,9 @@ def needle_table(root: Path) -> str:
     for depth in dict.fromkeys(cell["depth"] for cell in cells):
         lines.append(f"| {depth}% | {' | '.join(f'{found[*test, depth]:.0%}' for test in tests)} |")
     model, machine = row["provenance"]["model"], row["provenance"]["machine"]
-    samples = row["limit"] or row["settings"]["needle"]["num_samples"]
+    asked = row["settings"]
+    samples = asked["settings"]["needle"]["num_samples"]
+    samples = min(samples, asked["limit"] or samples)
     mean = sum(cell["accuracy"] for cell in cells) / len(cells)
     read_keys = model["config"]["num_selected_blocks"] * model["config"]["block_size"]
     caption = (
