@@ -95,3 +95,30 @@ def custom_op(name: str) -> Callable[[Callable], Any]:
         return torch.library.custom_op(name, run, mutates_args=())
 
     return register
+
+
+def differentiable(op: Any, setup_context: Callable, backward: Callable) -> Callable[..., Any]:
+    """Gives ``op`` its gradient and returns what the public function calls.
+
+    That is the op as a ``torch.autograd.Function`` of its own: the one of ``torch.library`` reads
+    the schema again for each argument of each call, which costs the host more than a launch.
+    """
+    op.register_autograd(backward, setup_context=setup_context)
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = op(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, *grads)
+
+    def run(*inputs: Any) -> Any:
+        # A graph that is being traced holds the op itself.
+        plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        return op(*inputs) if plain else Differentiable.apply(*inputs)
+
+    return run

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nsa.ops import checks
-from nsa.ops.backend import custom_op, implementation, resolve_backend
+from nsa.ops.backend import custom_op, differentiable, implementation, resolve_backend
 
 KINDS = ("mlp", "linear", "gated", "mean")
 
@@ -78,7 +78,7 @@ def compress_kv(
         _check_weights(x, phi, side, kind, compress_block_size)
         backend = resolve_backend(x, backend)
     sizes = (compress_block_size, compress_stride)
-    return compress_kv_fwd(k, v, *phi_k, *phi_v, cu_seqlens, kind, *sizes, backend)
+    return _compress(k, v, *phi_k, *phi_v, cu_seqlens, kind, *sizes, backend)
 
 
 def _check_weights(x: Tensor, phi: CompressorWeights, side: str, kind: str, block: int) -> None:
@@ -200,4 +200,4 @@ def _backward(ctx, dk_cmp, dv_cmp):
     return *given, *[None] * (1 + len(ctx.constants))
 
 
-compress_kv_fwd.register_autograd(_backward, setup_context=_setup_context)
+_compress = differentiable(compress_kv_fwd, _setup_context, _backward)

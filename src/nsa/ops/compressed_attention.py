@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.ops import checks
-from nsa.ops.backend import custom_op, implementation, resolve_backend
+from nsa.ops.backend import custom_op, differentiable, implementation, resolve_backend
 from nsa.ops.fakes import attention_outputs, gradients_of
 
 
@@ -56,7 +56,7 @@ def compressed_attention(
     checks.compressed_keys(
         q, k_cmp.shape[-3], "k_cmp", k_cmp, q_offset, compress_block_size, compress_stride
     )
-    return compressed_attention_fwd(
+    return _attend(
         q,
         k_cmp,
         v_cmp,
@@ -175,4 +175,4 @@ def _backward(ctx, do, dlse):
     return *grads, *[None] * (1 + len(ctx.constants))
 
 
-compressed_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+_attend = differentiable(compressed_attention_fwd, _setup_context, _backward)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.ops import checks
-from nsa.ops.backend import custom_op, implementation, resolve_backend
+from nsa.ops.backend import custom_op, differentiable, implementation, resolve_backend
 from nsa.ops.fakes import attention_outputs, gradients_of
 from nsa.ops.select_blocks import config_from, geometry_of
 
@@ -84,7 +84,7 @@ def nsa_attention(
     tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     keep = NOTHING if not needs_grad else (LISTS if recompute else OUTPUTS)
-    return nsa_attention_fwd(
+    return _attend(
         *tensors,
         cu_seqlens,
         geometry_of(config),
@@ -260,4 +260,4 @@ def _backward(ctx, do, *_grads_of_saved):
     return *grads, *[None] * (1 + len(ctx.constants))
 
 
-nsa_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+_attend = differentiable(nsa_attention_fwd, _setup_context, _backward)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.ops import checks
-from nsa.ops.backend import custom_op, implementation, resolve_backend
+from nsa.ops.backend import custom_op, differentiable, implementation, resolve_backend
 from nsa.ops.fakes import attention_outputs, gradients_of
 
 
@@ -53,7 +53,7 @@ def selected_attention(
     checks.token_keys(q, k, v, ("k", "v"), q_offset)
     checks.positive("block_size", block_size)
     checks.indices(block_indices, q, k)
-    o, _ = selected_attention_fwd(
+    o, _ = _attend(
         q,
         k,
         v,
@@ -163,4 +163,4 @@ def _backward(ctx, do, dlse):
     return *grads, *[None] * (2 + len(ctx.constants))
 
 
-selected_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+_attend = differentiable(selected_attention_fwd, _setup_context, _backward)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.ops import checks
-from nsa.ops.backend import custom_op, implementation, resolve_backend
+from nsa.ops.backend import custom_op, differentiable, implementation, resolve_backend
 from nsa.ops.fakes import attention_outputs, gradients_of
 
 
@@ -48,7 +48,7 @@ def window_attention(
     checks.queries(q, cu_seqlens, q_offset)
     checks.token_keys(q, k, v, ("k", "v"), q_offset)
     checks.positive("window_size", window_size)
-    o, _ = window_attention_fwd(
+    o, _ = _attend(
         q,
         k,
         v,
@@ -139,4 +139,4 @@ def _backward(ctx, do, dlse):
     return *grads, *[None] * (1 + len(ctx.constants))
 
 
-window_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+_attend = differentiable(window_attention_fwd, _setup_context, _backward)
