@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from nsa import reference
 
@@ -100,25 +101,23 @@ def custom_op(name: str) -> Callable[[Callable], Any]:
 def differentiable(op: Any, setup_context: Callable, backward: Callable) -> Callable[..., Any]:
     """Gives ``op`` its gradient and returns what the public function calls.
 
-    That is the op as a ``torch.autograd.Function`` of its own: the one of ``torch.library`` reads
-    the schema again for each argument of each call, which costs the host more than a launch.
+    That is the op as a ``torch.autograd.Function`` of its own, since the one of ``torch.library``
+    reads the schema again for each argument of each call: that costs the host more than a launch.
     """
     op.register_autograd(backward, setup_context=setup_context)
 
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = op(*inputs)
-            setup_context(ctx, inputs, output)
-            return output
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = op(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return backward(ctx, *grads)
+    # Its name is what a profiler and ``grad_fn`` show.
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(Function)(op._name, (Function,), members)
 
     def run(*inputs: Any) -> Any:
         # A graph that is being traced holds the op itself.
         plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-        return op(*inputs) if plain else Differentiable.apply(*inputs)
+        return op(*inputs) if plain else function.apply(*inputs)
 
     return run
