@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, new_class
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ def differentiable(op: Any, setup_context: Callable, backward: Callable) -> Call
 
     # Its name is what a profiler and ``grad_fn`` show.
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(Function)(op._name, (Function,), members)
+    function: Any = new_class(op._name, (Function,), exec_body=lambda body: body.update(members))
 
     def run(*inputs: Any) -> Any:
         # A graph that is being traced holds the op itself.
