@@ -16,10 +16,12 @@ import torch
 import yaml
 from rich.console import Console
 from tests.train import tiny
-from transformers import AutoModelForCausalLM
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from nsa.models import NSAForCausalLM, NSAModelConfig
 from nsa.train.checkpoint import CheckpointError
+from nsa.train.config import LoopConfig
 from nsa.train.engine import NSATrainer, training_arguments
 from nsa.train.progress import Milestones
 from nsa.train.run import TrainResult, train
@@ -84,6 +86,41 @@ def test_micro_batches_recomputation_and_workers_do_not_change_the_losses(
     losses = [loss for _, loss in joined.losses]
     assert [loss for _, loss in single.losses] == pytest.approx(losses, rel=1e-4)
     assert [loss for _, loss in recomputing.losses] == pytest.approx(losses, rel=1e-5)
+
+
+def test_compiled_model_has_the_same_losses_from_few_graphs(
+    run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager = run()
+
+    def without_compiler(loop: LoopConfig) -> TrainingArguments:
+        args = training_arguments(loop)
+        assert args.torch_compile_mode is None  # CUDA graphs are for a GPU
+        # What inductor gets, without the C++ compiler that it needs on CPUs.
+        args.torch_compile_backend = "aot_eager"
+        return args
+
+    monkeypatch.setattr("nsa.train.run.training_arguments", without_compiler)
+    torch.compiler.reset()
+    counters.clear()
+    compiled = run(compile=True)
+    assert counters["stats"]["unique_graphs"] == 1
+    losses = [loss for _, loss in eager.losses]
+    assert [loss for _, loss in compiled.losses] == pytest.approx(losses, rel=1e-5)
+    assert compiled.validation_losses[-1][1] == pytest.approx(eager.validation_losses[-1][1])
+    assert AutoModelForCausalLM.from_pretrained(compiled.model_dir)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Of what inductor imports.
+def test_cuda_graphs_have_the_losses_of_the_eager_model(run: Callable[..., TrainResult]) -> None:
+    """With accumulation, whose gradients outlive a replay, and rows of two lengths."""
+    torch.compiler.reset()
+    settings = {"precision": "fp32", "batch_rows": 4, "max_steps": 30}
+    eager, compiled = run(**settings), run(**settings, compile=True)
+    losses = [loss for _, loss in eager.losses]
+    assert [loss for _, loss in compiled.losses] == pytest.approx(losses, rel=1e-3)
+    assert losses[-1] < losses[0] - 0.5
 
 
 def test_bf16_is_close_to_fp32_with_fp32_weights(run: Callable[..., TrainResult]) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from nsa.train.corpus import Corpus
-from nsa.train.packing import PackedRows, Row, collate
+from nsa.train.packing import PackedRows, Row, collate, collate_few_shapes
 
 
 def _corpus(lengths: list[int]) -> Corpus:
@@ -103,6 +103,18 @@ def test_collate_joins_rows_and_masks_first_tokens() -> None:
     assert batch["cu_seqlens"].tolist() == [0, 2, 3, 5]
     assert batch["cu_seqlens"].dtype == torch.int32
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 64), (63, 64), (64, 128)])
+def test_batches_of_a_compiled_model_have_few_shapes(count: int, length: int) -> None:
+    rows = [Row(input_ids=np.arange(2 * count), lengths=[2] * count)]
+    plain, few = collate(rows), collate_few_shapes(rows)
+    assert few["cu_seqlens"].tolist() == [
+        *plain["cu_seqlens"].tolist(),
+        *[2 * count] * (length - count - 1),
+    ]
+    assert few["cu_seqlens"].dtype == torch.int32
+    assert torch.equal(few["labels"], plain["labels"])
 
 
 def test_corpus_without_anything_to_predict_is_refused() -> None:

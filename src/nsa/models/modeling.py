@@ -407,9 +407,9 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
 
 def _next_tokens(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Labels moved one token to the left, -100 at the last token of every sequence."""
-    shifted = pad(labels, (0, 1), value=-100)[..., 1:]
+    shifted = pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
     if cu_seqlens is None:
-        return shifted.contiguous()
-    # The last token before each boundary; -1, for an empty first sequence, is the last one of all.
-    last = (cu_seqlens[1:].to(labels.device, torch.int64) - 1) % labels.shape[-1]
-    return shifted.index_fill(-1, last, -100)
+        return shifted
+    token = torch.arange(labels.shape[-1] + 1, device=labels.device)
+    sequence = torch.searchsorted(cu_seqlens.to(labels.device), token, right=True)
+    return shifted.masked_fill(sequence[1:] != sequence[:-1], -100)

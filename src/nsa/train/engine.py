@@ -59,6 +59,9 @@ def training_arguments(loop: LoopConfig) -> TrainingArguments:
         adam_beta2=loop.beta2,
         max_grad_norm=loop.max_grad_norm,
         bf16=loop.precision == "bf16" or (loop.precision == "auto" and on_gpu),
+        # Trainer turns TF32 on for what it compiles.
+        tf32=False if loop.precision == "fp32" else None,
+        torch_compile=loop.compile,
         seed=loop.seed,
         use_cpu=not on_gpu,
         ddp_find_unused_parameters=False,
@@ -84,6 +87,8 @@ def training_arguments(loop: LoopConfig) -> TrainingArguments:
             "torchrun --nproc-per-node 2 --no-python nsa train CONFIG."
         )
     args.gradient_accumulation_steps = loop.accumulation_steps(args.world_size)
+    if loop.compile and on_gpu and args.world_size == 1:
+        args.torch_compile_mode = "reduce-overhead"
     # One process with several GPUs would scatter cu_seqlens over them (DataParallel); it uses one.
     args._n_gpu = min(args.n_gpu, 1)
     return args
@@ -121,6 +126,8 @@ class NSATrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's own, and FSDP2 on CPUs, where accelerate 1.15 drops the plug-in for DDP."""
         super().create_accelerator_and_postprocess()
+        # Shapes are few (see ``nsa.train.packing``); graphs for any shape would be slower.
+        self.accelerator.state.dynamo_plugin.dynamic = False
         if self.args.fsdp and not self.is_fsdp_enabled:
             state = self.accelerator.state
             settings: dict[str, Any] = self.args.fsdp_plugin_args or {}

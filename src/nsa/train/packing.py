@@ -13,6 +13,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from nsa.train.corpus import Corpus
@@ -119,6 +120,18 @@ def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
         "labels": labels[None],
         "cu_seqlens": cu_seqlens,
     }
+
+
+def collate_few_shapes(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """``collate`` for a compiled model, which is compiled anew for each shape.
+
+    Empty sequences at the end make ``cu_seqlens`` a power of two long, 64 at least.
+    """
+    batch = collate(rows)
+    bounds = batch["cu_seqlens"]
+    length = max(64, 1 << (len(bounds) - 1).bit_length())
+    batch["cu_seqlens"] = pad(bounds, (0, length - len(bounds)), value=int(bounds[-1]))
+    return batch
 
 
 def _pieces(offsets: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ from nsa.train.corpus import Corpus, build_corpus
 from nsa.train.documents import find_files, read_documents
 from nsa.train.engine import NSATrainer, training_arguments
 from nsa.train.files import write_text
-from nsa.train.packing import PackedRows, collate
+from nsa.train.packing import PackedRows, collate, collate_few_shapes
 from nsa.train.progress import Milestones, ProgressReport, StopOnSignal
 from nsa.train.start import new_model, with_initial_model
 from nsa.train.tokenizer import load_tokenizer, train_tokenizer
@@ -45,6 +45,7 @@ _MAY_CHANGE = frozenset(
         "training.max_steps",
         "training.micro_batch_rows",
         "training.gradient_checkpointing",
+        "training.compile",
         "training.log_every",
         "training.save_every",
         "training.keep_checkpoints",
@@ -171,7 +172,7 @@ def _run(
         model=model,
         args=args,
         train_dataset=rows,
-        data_collator=collate,
+        data_collator=collate_few_shapes if loop.compile else collate,
         processing_class=tokenizer,
         callbacks=[milestones, stop, progress, *_tensorboard(Path(loop.output_dir), console)],
         validation_documents=held_out,
