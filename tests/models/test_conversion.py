@@ -319,6 +319,10 @@ def _capped() -> LlamaForCausalLM:
     return model
 
 
+def _rotated_by_length() -> LlamaForCausalLM:
+    return llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+
+
 def _partly_rotated() -> LlamaForCausalLM:
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     return llama(rope_parameters=rope)
@@ -340,6 +344,7 @@ def _partly_rotated() -> LlamaForCausalLM:
         ),
         pytest.param(_capped, r"final_logit_softcapping: expected none.*30\.0", id="soft-capping"),
         pytest.param(_partly_rotated, "partial_rotary_factor: expected 1", id="partial-rotary"),
+        pytest.param(_rotated_by_length, "rope_type: expected .*got 'dynamic'", id="dynamic-rope"),
         pytest.param(
             lambda: llama(num_attention_heads=4, num_key_value_heads=3),
             "num_key_value_heads: expected a divisor of num_attention_heads = 4, got 3",

@@ -31,7 +31,7 @@ from nsa.models.batching import (
 )
 from nsa.models.configuration import NSAModelConfig
 from nsa.models.hf_cache import NSACacheLayer, nsa_layers
-from nsa.models.rotary import RotaryEmbedding, max_positions
+from nsa.models.rotary import RotaryEmbedding
 
 
 def _attention(config: NSAModelConfig) -> NativeSparseAttention | DenseAttention:
@@ -154,6 +154,7 @@ class NSAModel(NSAPreTrainedModel):
                 f"model, got {config._attn_implementation!r}. Choose it with config.attention, "
                 "'nsa' or 'dense'."
             )
+        config.validate()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             NSADecoderLayer(config, index) for index in range(config.num_hidden_layers)
@@ -184,7 +185,7 @@ class NSAModel(NSAPreTrainedModel):
         cu_seqlens = _packing(cu_seqlens, kwargs, position_ids, attention_mask, past_key_values)
         cache = self._open_cache(past_key_values, use_cache, cu_seqlens)
         layout = self._lay_out(hidden, attention_mask, position_ids, cache, cu_seqlens)
-        rotary = partial(self.rotary_emb, seq_len=layout.longest, dtype=hidden.dtype)
+        rotary = partial(self.rotary_emb, dtype=hidden.dtype)
         cos, sin = rotary(layout.positions)
         hidden = layout.roll(hidden)
         if output_hidden_states is None:
@@ -255,7 +256,7 @@ class NSAModel(NSAPreTrainedModel):
                 rolls=rolls,
             )
         if not torch.compiler.is_compiling():
-            limit = max_positions(self.config)
+            limit = self.config.max_position_embeddings
             if layout.longest > limit:
                 raise ValueError(
                     f"input_ids: expected sequences of at most {limit} tokens "
