@@ -45,7 +45,10 @@ def test_registered_with_the_auto_classes(attention):
     assert type(AutoModelForCausalLM.from_config(config)) is NSAForCausalLM
     assert type(AutoModel.from_config(config)) is NSAModel
     # transformers' own would shard the sequence under attention that must choose blocks from it.
-    assert not NSAForCausalLM(config).supports_context_parallel
+    model = NSAForCausalLM(config)
+    assert not model.supports_context_parallel
+    assert not model.supports_tp_plan
+    assert not model.supports_pp_plan
 
 
 @KINDS

@@ -237,6 +237,12 @@ class NSAModel(NSAPreTrainedModel):
             )
         if cache is None:
             cache = DynamicCache(config=self.config)
+        elif not isinstance(cache, Cache) or cache.is_compileable:
+            raise ValueError(
+                "past_key_values: expected a DynamicCache, which grows as needed, got a "
+                f"{type(cache).__name__}. Leave past_key_values and cache_implementation out, or "
+                "make it with transformers.DynamicCache(config=model.config)."
+            )
         if self.config.attention == "nsa":
             nsa_layers(cache, self.config.num_hidden_layers)
         return cache
@@ -349,6 +355,9 @@ def _named(x: Tensor) -> str:
 
 class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
     """Language model with Native Sparse Attention, or its dense twin (``config.attention``).
+
+    ``NSAForCausalLM.from_pretrained(folder)`` loads one. ``AutoModelForCausalLM`` does too once
+    ``nsa.models`` is imported; ``import nsa`` alone loads no transformers.
 
     Example:
         >>> config = NSAModelConfig(vocab_size=100, hidden_size=64, num_attention_heads=4)
