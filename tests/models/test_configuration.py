@@ -9,7 +9,7 @@ from tests.models.small import small_config
 from transformers import AutoConfig, PreTrainedConfig
 
 from nsa import NSAConfig
-from nsa.models import NSAModelConfig
+from nsa.models import NSAForCausalLM, NSAModelConfig
 
 
 def test_geometry_is_the_papers_by_default():
@@ -59,11 +59,89 @@ def test_heads_and_widths_fill_themselves_in():
         pytest.param(
             {"num_selected_blocks": 1}, "num_selected_blocks: expected at least", id="forced"
         ),
+        pytest.param(
+            {"tie_word_embeddings": "yes_please"},
+            "tie_word_embeddings: expected true or false, got 'yes_please'",
+            id="tie",
+        ),
+        pytest.param(
+            {"rms_norm_eps": "small"},
+            "rms_norm_eps: expected a number of at least 0, got 'small'",
+            id="eps",
+        ),
+        pytest.param(
+            {"initializer_range": -1}, "initializer_range: expected a number of at", id="range"
+        ),
+        pytest.param({"rms_norm_eps": True}, "rms_norm_eps: expected .* got True", id="eps-bool"),
+        pytest.param({"rms_norm_eps": ".nan"}, "rms_norm_eps: expected .* '.nan'", id="eps-word"),
+        pytest.param({"rms_norm_eps": "nan"}, "rms_norm_eps: expected .* got 'nan'", id="eps-nan"),
+        pytest.param(
+            {"hidden_act": "foo"}, "hidden_act: expected one of .*silu, .*got 'foo'", id="act"
+        ),
+        pytest.param(
+            {"pad_token_id": "3"}, "pad_token_id: expected an int or none, got '3'", id="pad"
+        ),
+        pytest.param(
+            {"bos_token_id": [3]}, r"bos_token_id: expected an int or none, got \[3\]", id="bos"
+        ),
+        pytest.param(
+            {"eos_token_id": [3, "4"]}, "eos_token_id: expected an int, a list of them", id="eos"
+        ),
+        pytest.param(
+            {"rope_parameters": 3}, "rope_parameters: expected a mapping with .*got 3", id="rope"
+        ),
+        pytest.param(
+            {"rope_scaling": [3]}, r"rope_parameters: expected a mapping .*\[3\]", id="rope-old"
+        ),
+        pytest.param(
+            {"rope_parameters": {"rope_type": "spiral"}},
+            "rope_type: expected one of default, linear, .*got 'spiral'",
+            id="rope-type",
+        ),
+        pytest.param(
+            {"rope_parameters": {"rope_type": ["yarn"]}}, r"rope_type: .*\['yarn'\]", id="rope-list"
+        ),
+        pytest.param(
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "rope_parameters.factor: expected a positive number with rope_type 'yarn', got none",
+            id="yarn",
+        ),
+        pytest.param(
+            {"rope_parameters": {"type": "llama3", "factor": 2}},
+            "rope_parameters.low_freq_factor: expected a positive number with rope_type 'llama3'",
+            id="llama3",
+        ),
+        pytest.param(
+            {"rope_parameters": {"rope_type": "linear", "factor": "four"}},
+            "rope_parameters.factor: expected a positive number, got 'four'",
+            id="factor",
+        ),
+        pytest.param(
+            {"rope_theta": 0}, "rope_parameters.rope_theta: expected a positive number", id="theta"
+        ),
+        pytest.param(
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}, "attention": "dense"},
+            "rope_parameters.full_attention: expected a positive number",
+            id="rope-per-layer-type",
+        ),
+        pytest.param(
+            {"partial_rotary_factor": 2.0}, "partial_rotary_factor: expected at most 1", id="part"
+        ),
     ],
 )
 def test_bad_values(changes, message):
     with pytest.raises(ValueError, match=message):
         small_config(**changes)
+
+
+def test_numbers_in_strings_as_yaml_reads_them(tmp_path):
+    rope = {"rope_type": "linear", "rope_theta": "1e6", "factor": "4"}
+    config = small_config(rms_norm_eps="1e-6", initializer_range="2e-2", rope_parameters=rope)
+    assert (config.rms_norm_eps, config.initializer_range) == (1e-6, 0.02)
+    assert config.rope_parameters == {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0}
+    assert rope["rope_theta"] == "1e6"
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["rms_norm_eps"] == 1e-6
 
 
 def test_a_value_spoilt_later_is_not_written(tmp_path):
@@ -72,6 +150,15 @@ def test_a_value_spoilt_later_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="window_size: expected at least 1, got 0"):
         config.save_pretrained(tmp_path)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="window_size: expected at least 1, got 0"):
+        NSAForCausalLM(config)
+
+
+def test_rope_parameters_set_later_are_completed_by_the_model():
+    config = small_config()
+    config.rope_parameters = {"rope_type": "yarn", "factor": 4.0}
+    rope = NSAForCausalLM(config).config.rope_parameters
+    assert (rope["rope_theta"], rope["original_max_position_embeddings"]) == (1e4, 512)
 
 
 @pytest.mark.parametrize("attention", ["nsa", "dense"])
@@ -111,6 +198,17 @@ def test_a_key_added_to_the_file_is_an_error(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sliding_window": 5}))
     with pytest.raises(ValueError, match="unknown key 'sliding_window'"):
         AutoConfig.from_pretrained(tmp_path)
+
+
+def test_a_file_with_the_older_rope_scaling(tmp_path):
+    small_config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    del values["rope_parameters"]
+    scaling = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5}
+    file.write_text(json.dumps(values | scaling))
+    rope = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("linear", 2.0, 5e5)
 
 
 def test_rope_theta_alone():

@@ -227,9 +227,17 @@ def test_a_trained_llama_keeps_its_loss_and_goes_on_learning(trained):
     assert _loss(model.eval()).item() < shift.loss_after
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_folder_converts_into_a_folder(tmp_path, tied):
-    source = llama(tie_word_embeddings=tied)
+@pytest.mark.parametrize(
+    "dense",
+    [
+        pytest.param(llama, id="llama"),
+        pytest.param(lambda: llama(tie_word_embeddings=True), id="llama-tied"),
+        pytest.param(qwen2, id="qwen2-biases"),
+        pytest.param(qwen3, id="qwen3-norms"),
+    ],
+)
+def test_a_folder_converts_into_a_folder(tmp_path, dense):
+    source = dense()
     source.generation_config.max_length = 33
     source.save_pretrained(tmp_path / "dense")
     character_tokenizer().save_pretrained(tmp_path / "dense")
@@ -244,6 +252,8 @@ def test_a_folder_converts_into_a_folder(tmp_path, tied):
     assert isinstance(again, NSAForCausalLM)
     assert again.config.geometry == GEOMETRY
     assert again.generation_config.max_length == 33
+    short = ids(BELOW_BLOCK)
+    torch.testing.assert_close(logits(again, short), logits(source, short), atol=1e-3, rtol=1e-3)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name])
     assert torch.equal(logits(model, ids(50)), logits(again, ids(50)))
@@ -319,6 +329,10 @@ def _capped() -> LlamaForCausalLM:
     return model
 
 
+def _rotated_by_length() -> LlamaForCausalLM:
+    return llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+
+
 def _partly_rotated() -> LlamaForCausalLM:
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     return llama(rope_parameters=rope)
@@ -340,6 +354,7 @@ def _partly_rotated() -> LlamaForCausalLM:
         ),
         pytest.param(_capped, r"final_logit_softcapping: expected none.*30\.0", id="soft-capping"),
         pytest.param(_partly_rotated, "partial_rotary_factor: expected 1", id="partial-rotary"),
+        pytest.param(_rotated_by_length, "rope_type: expected .*got 'dynamic'", id="dynamic-rope"),
         pytest.param(
             lambda: llama(num_attention_heads=4, num_key_value_heads=3),
             "num_key_value_heads: expected a divisor of num_attention_heads = 4, got 3",

@@ -95,6 +95,13 @@ def test_chunked_prefill(attention, size):
 
 
 @KINDS
+def test_an_empty_prompt(attention):
+    ids, mask = random_ids(2, 9), torch.tensor([[1] * 9, [0] * 9])
+    with pytest.raises(ValueError, match="attention_mask: expected a real token in each row"):
+        small_model(attention=attention).generate(ids, attention_mask=mask, max_new_tokens=2)
+
+
+@KINDS
 def test_prompt_lookup_rolls_the_cache_back(attention):
     model = small_model(attention=attention, dtype=torch.float64)
     ids = random_ids(1, 8).repeat(1, 5)  # repeats, so that there is something to look up

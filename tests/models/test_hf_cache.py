@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.models.small import left_padded, random_ids, small_config, small_model
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from nsa.models.hf_cache import NSACacheLayer, nsa_layers
 
@@ -89,3 +89,15 @@ def test_an_offloading_cache():
         nsa_layers(cache, 2)
     with pytest.raises(NotImplementedError, match="Offloading the cache"):
         cache.layers[0].offload()
+
+
+@pytest.mark.parametrize("attention", ["nsa", "dense"])
+def test_what_does_not_grow(attention):
+    model, ids = small_model(attention=attention), random_ids(1, 9)
+    dense = small_config(attention="dense")  # transformers knows no static layer for ours
+    with pytest.raises(ValueError, match=r"past_key_values: expected a DynamicCache.*StaticCache"):
+        model(ids, past_key_values=StaticCache(config=dense, max_cache_len=20))
+    with pytest.raises(ValueError, match=r"past_key_values: expected a DynamicCache.*a tuple"):
+        model(ids, past_key_values=())
+    with pytest.raises(ValueError, match=r"got (a StaticCache|'static')"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")

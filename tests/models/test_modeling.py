@@ -45,7 +45,10 @@ def test_registered_with_the_auto_classes(attention):
     assert type(AutoModelForCausalLM.from_config(config)) is NSAForCausalLM
     assert type(AutoModel.from_config(config)) is NSAModel
     # transformers' own would shard the sequence under attention that must choose blocks from it.
-    assert not NSAForCausalLM(config).supports_context_parallel
+    model = NSAForCausalLM(config)
+    assert not model.supports_context_parallel
+    assert not model.supports_tp_plan
+    assert not model.supports_pp_plan
 
 
 @KINDS
@@ -70,6 +73,25 @@ def test_loss_is_the_cross_entropy_of_the_next_token():
     items = torch.tensor(100)
     total = model(ids, labels=labels, num_items_in_batch=items).loss * items
     assert torch.allclose(total, expected * (labels[:, 1:] != -100).sum())
+
+
+def test_no_label_at_all():
+    """As in transformers: a mean over nothing is NaN, a part of a batch that has labels is 0.
+
+    A loss of 0 would hide that no token was learnt from; to know would wait for the GPU.
+    """
+    model, ids = small_model(), random_ids(1, 9)
+    none = torch.full_like(ids, -100)
+    assert model(ids, labels=none).loss.isnan()
+    loss = model(ids, labels=none, num_items_in_batch=5).loss
+    assert loss == 0
+    loss.backward()
+    assert not any(grad.any() for grad in grads(model))
+
+
+def test_int32_serves_as_well():
+    model, ids = small_model(), random_ids(2, 9)
+    assert torch.equal(model(ids.int(), labels=ids.int()).loss, model(ids, labels=ids).loss)
 
 
 @KINDS
@@ -271,6 +293,54 @@ def test_initial_weights():
         ),
         pytest.param(
             {"input_ids": random_ids(0, 4)}, r"at least one token, got \[0, 4\]", id="batch"
+        ),
+        pytest.param(
+            {"input_ids": random_ids(1, 9).float()},
+            r"input_ids: expected int64 \[batch, seq\], got float32 \[1, 9\]. Cast",
+            id="float",
+        ),
+        pytest.param(
+            {"input_ids": random_ids(9)},
+            r"input_ids: .*got int64 \[9\].* shape \[1, seq\]",
+            id="rank",
+        ),
+        pytest.param(
+            {"input_ids": torch.tensor([[3, VOCAB]])},
+            "input_ids: expected ids from 0 to 96, got 97. Tokenizer",
+            id="vocabulary",
+        ),
+        pytest.param(
+            {"input_ids": torch.tensor([[3, -100]])}, "input_ids: .*got -100", id="negative"
+        ),
+        pytest.param(
+            {"inputs_embeds": torch.ones(1, 9, 31)},
+            r"inputs_embeds: expected floats .*hidden_size = 32\], got float32 \[1, 9, 31\]",
+            id="embeds",
+        ),
+        pytest.param(
+            {"input_ids": random_ids(2, 9), "labels": random_ids(9, 2)},
+            r"labels: expected int64 \[2, 9\] like the input, got int64 \[9, 2\]. They are shifted",
+            id="labels-shape",
+        ),
+        pytest.param(
+            {"input_ids": random_ids(2, 9), "labels": torch.ones(2, 9)},
+            r"labels: expected int64 \[batch, seq\], got float32 \[2, 9\]",
+            id="labels-float",
+        ),
+        pytest.param(
+            {"input_ids": random_ids(1, 2), "labels": torch.tensor([[-100, VOCAB]])},
+            "labels: expected ids from 0 to 96, got 97",
+            id="labels-vocabulary",
+        ),
+        pytest.param(
+            {"input_ids": random_ids(2, 9), "attention_mask": torch.tensor([[1] * 9, [0] * 9])},
+            "attention_mask: expected a real token in each row, got a row of padding",
+            id="no-real-token",
+        ),
+        pytest.param(
+            {"input_ids": random_ids(1, 9), "position_ids": torch.arange(8)[None]},
+            r"position_ids: expected \[batch, 9\] like the input, got \[1, 8\]",
+            id="positions-shape",
         ),
         pytest.param(
             {"input_ids": random_ids(1, 513)},

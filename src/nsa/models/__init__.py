@@ -1,7 +1,7 @@
 """Hugging Face config and model, and conversion of dense checkpoints.
 
 Importing this package registers the model with transformers' ``AutoConfig``, ``AutoModel`` and
-``AutoModelForCausalLM``.
+``AutoModelForCausalLM``; ``import nsa`` alone does not, since it leaves transformers unloaded.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -196,8 +196,14 @@ def check_positions(position_ids: Tensor, layout: Layout, attention_mask: Tensor
     """Blocks are counted from the start of a sequence, so positions cannot be chosen freely.
 
     Raises:
-        ValueError: the position of a real token is not the one of the layout.
+        ValueError: another shape, or the position of a real token is not the one of the layout.
     """
+    seq = layout.positions.shape[1]
+    if position_ids.dim() != 2 or position_ids.shape[1] != seq:
+        raise ValueError(
+            f"position_ids: expected [batch, {seq}] like the input, got "
+            f"{list(position_ids.shape)}. Leave them out."
+        )
     expected = layout.roll_back(
         layout.positions.expand(position_ids.shape[0], -1)[..., None]
         if layout.shift is None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from nsa.config import NSAConfig
 from nsa.ops.compress_kv import KINDS
@@ -23,6 +26,23 @@ _POSITIVE = (
     "v_head_dim",
     "max_position_embeddings",
 )
+_BOOLS = (
+    "kv_per_branch",
+    "qk_norm",
+    "attention_bias",
+    "mlp_bias",
+    "use_cache",
+    "tie_word_embeddings",
+)
+# The rotary types, and what each cannot do without. transformers has two more, "dynamic" and
+# "longrope", whose frequencies follow the length of the text: see nsa.models.rotary.
+_ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "proportional": (),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 # What transformers itself writes into config.json or passes on, and older names it translates.
 _OF_TRANSFORMERS = frozenset(
     {
@@ -59,8 +79,12 @@ class NSAModelConfig(PreTrainedConfig):
         head_dim: channels of queries and keys; ``hidden_size / num_attention_heads`` if None.
         v_head_dim: channels of values; as ``head_dim`` if None.
         max_position_embeddings: tokens of the longest sequence.
-        rope_parameters: as in transformers: ``rope_type``, ``rope_theta`` and the scaling's own
-            values; ``rope_theta=...`` alone is accepted too.
+        hidden_act: activation of the SwiGLU, by its name in transformers.
+        initializer_range: standard deviation of new weights.
+        rms_norm_eps: epsilon of the norms.
+        rope_parameters: as in transformers: ``rope_type`` ("default", "linear", "proportional",
+            "yarn" or "llama3"), ``rope_theta`` and the scaling's own values; ``rope_theta=...``
+            alone is accepted too.
         attention: "nsa", or "dense" for the twin with the same sizes and causal SDPA.
         kv_per_branch: each branch has its own keys and values (the paper), or all share one pair.
         compressor: kind of phi, "mlp", "linear", "gated" or "mean".
@@ -72,6 +96,8 @@ class NSAModelConfig(PreTrainedConfig):
         num_init_blocks: see there.
         num_local_blocks: see there.
         window_size: see there.
+
+    Numbers may be written as strings where a float is meant, since YAML 1.1 reads 1e-6 as one.
 
     Raises:
         ValueError: an unknown key, or a value that does not fit; the message names it.
@@ -132,6 +158,11 @@ class NSAModelConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.v_head_dim is None:
             self.v_head_dim = self.head_dim
+        rope = kwargs.pop("rope_scaling", None) or self.rope_parameters or {}
+        beside = {name: kwargs.pop(name, None) for name in ("rope_theta", "partial_rotary_factor")}
+        if isinstance(rope, dict):  # else refused below
+            rope = {name: x for name, x in beside.items() if x is not None} | rope
+        self.rope_parameters = rope
         self._check_values()
         super().__post_init__(**kwargs)
 
@@ -149,7 +180,7 @@ class NSAModelConfig(PreTrainedConfig):
     def _check_positive(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_int(value) or value < 1:
                 raise ValueError(f"{name}: expected a positive int, got {value!r}.")
 
     def _check_values(self) -> None:
@@ -160,15 +191,59 @@ class NSAModelConfig(PreTrainedConfig):
                 "num_key_value_heads: expected a divisor of num_attention_heads = "
                 f"{self.num_attention_heads}, got {self.num_key_value_heads}."
             )
-        for name, choices in (("attention", ("nsa", "dense")), ("compressor", KINDS)):
+        for name, choices in (
+            ("attention", ("nsa", "dense")),
+            ("compressor", KINDS),
+            ("hidden_act", sorted(ACT2FN)),
+        ):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}.")
-        for name in ("kv_per_branch", "qk_norm", "attention_bias", "mlp_bias", "use_cache"):
+        for name in _BOOLS:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name}: expected true or false, got {value!r}.")
+        for name in ("initializer_range", "rms_norm_eps"):
+            setattr(self, name, _number(name, getattr(self, name), zero=True))
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            several = name == "eos_token_id" and isinstance(value, list)
+            if value is not None and not all(map(_is_int, value if several else [value])):
+                kind = "an int, a list of them" if name == "eos_token_id" else "an int"
+                raise ValueError(f"{name}: expected {kind} or none, got {value!r}.")
+        self._check_rope()
         _ = self.geometry
+
+    def _check_rope(self) -> None:
+        """Also fills in what may be left out, as transformers does."""
+        rope = self.rope_parameters
+        if not isinstance(rope, dict):
+            raise ValueError(
+                "rope_parameters: expected a mapping with rope_type, rope_theta and the values of "
+                f"that type, got {rope!r}."
+            )
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in list(_ROPE_TYPES):
+            raise ValueError(
+                f"rope_type: expected one of {', '.join(_ROPE_TYPES)}, whose frequencies are the "
+                f"same for texts of any length, got {rope_type!r}. To reach further, take yarn."
+            )
+        rope.setdefault("rope_theta", self.default_theta)
+        for name, value in rope.items():
+            if name not in ("rope_type", "type", "truncate") and value is not None:
+                rope[name] = _number(f"rope_parameters.{name}", value)
+        self.standardize_rope_params()
+        for name in ("rope_theta", *_ROPE_TYPES[rope_type]):
+            if rope.get(name) is None:
+                raise ValueError(
+                    f"rope_parameters.{name}: expected a positive number with rope_type "
+                    f"{rope_type!r}, got none."
+                )
+        if (rope.get("partial_rotary_factor") or 1.0) > 1.0:
+            raise ValueError(
+                "rope_parameters.partial_rotary_factor: expected at most 1, the whole head, got "
+                f"{rope['partial_rotary_factor']}."
+            )
 
     @property
     def geometry(self) -> NSAConfig:
@@ -186,10 +261,27 @@ class NSAModelConfig(PreTrainedConfig):
         return [kind] * self.num_hidden_layers
 
     def validate(self) -> None:
-        """Checks every value again; transformers calls it before it writes config.json.
+        """Checks every value again, at a model's start and before transformers writes config.json.
 
         Its own checks would refuse the layer type, which is in none of its files.
         """
         self._check_values()
         self.validate_rope()
         self.validate_token_ids()
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(name: str, value: Any, *, zero: bool = False) -> float:
+    """The value, read if it is a string; positive, or ``zero``."""
+    number: Any = value
+    if isinstance(value, str):
+        with suppress(ValueError):
+            number = float(value)
+    known = isinstance(number, int | float) and not isinstance(number, bool)
+    if not known or not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        kind = "a number of at least 0" if zero else "a positive number"
+        raise ValueError(f"{name}: expected {kind}, got {value!r}.")
+    return number

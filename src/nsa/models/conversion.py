@@ -28,7 +28,6 @@ from nsa.models.configuration import NSAModelConfig
 from nsa.models.conversion_report import ConversionReport, measure_shift
 from nsa.models.loading import load_model, load_weights
 from nsa.models.modeling import NSAForCausalLM
-from nsa.models.rotary import max_positions
 
 # Logit of the selection gate; minus this for the two others. See ``convert_from_dense``.
 GATE_LOGIT = 6.0
@@ -335,12 +334,12 @@ def _initialise(name: str, target: Tensor) -> str:
 
 
 def _random_ids(config: NSAModelConfig, exact_tokens: int) -> Tensor:
-    length = max(2, min(exact_tokens, 256, max_positions(config)))
+    length = max(2, min(exact_tokens, 256, config.max_position_embeddings))
     return torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
 
 
 def _check_token_ids(token_ids: Tensor, config: NSAModelConfig) -> None:
-    limit = max_positions(config)
+    limit = config.max_position_embeddings
     if token_ids.dtype != torch.int64 or token_ids.dim() != 1 or not 2 <= len(token_ids) <= limit:
         raise ValueError(
             f"token_ids: expected int64 [seq] of 2 to {limit} tokens, got {token_ids.dtype} "

@@ -31,7 +31,7 @@ from nsa.models.batching import (
 )
 from nsa.models.configuration import NSAModelConfig
 from nsa.models.hf_cache import NSACacheLayer, nsa_layers
-from nsa.models.rotary import RotaryEmbedding, max_positions
+from nsa.models.rotary import RotaryEmbedding
 
 
 def _attention(config: NSAModelConfig) -> NativeSparseAttention | DenseAttention:
@@ -67,6 +67,13 @@ _ACCEPTED = frozenset(
         "output_attentions",
         "token_type_ids",
     }
+)
+
+
+# With a cache, a row may be padding alone for now: chunks of a left-padded batch begin so.
+_EMPTY_ROW = (
+    "attention_mask: expected a real token in each row, got a row of padding alone. Leave it out, "
+    "or begin it with a start token."
 )
 
 
@@ -154,6 +161,7 @@ class NSAModel(NSAPreTrainedModel):
                 f"model, got {config._attn_implementation!r}. Choose it with config.attention, "
                 "'nsa' or 'dense'."
             )
+        config.validate()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             NSADecoderLayer(config, index) for index in range(config.num_hidden_layers)
@@ -180,11 +188,17 @@ class NSAModel(NSAPreTrainedModel):
         _check_extras(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them.")
+        if input_ids is not None:
+            _check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings)
+        if inputs_embeds is not None:
+            _check_embeds(inputs_embeds, self.config.hidden_size)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cu_seqlens = _packing(cu_seqlens, kwargs, position_ids, attention_mask, past_key_values)
         cache = self._open_cache(past_key_values, use_cache, cu_seqlens)
         layout = self._lay_out(hidden, attention_mask, position_ids, cache, cu_seqlens)
-        rotary = partial(self.rotary_emb, seq_len=layout.longest, dtype=hidden.dtype)
+        if past_key_values is None and 0 in (layout.counts or ()):
+            raise ValueError(_EMPTY_ROW)
+        rotary = partial(self.rotary_emb, dtype=hidden.dtype)
         cos, sin = rotary(layout.positions)
         hidden = layout.roll(hidden)
         if output_hidden_states is None:
@@ -223,6 +237,12 @@ class NSAModel(NSAPreTrainedModel):
             )
         if cache is None:
             cache = DynamicCache(config=self.config)
+        elif not isinstance(cache, Cache) or cache.is_compileable:
+            raise ValueError(
+                "past_key_values: expected a DynamicCache, which grows as needed, got a "
+                f"{type(cache).__name__}. Leave past_key_values and cache_implementation out, or "
+                "make it with transformers.DynamicCache(config=model.config)."
+            )
         if self.config.attention == "nsa":
             nsa_layers(cache, self.config.num_hidden_layers)
         return cache
@@ -255,7 +275,7 @@ class NSAModel(NSAPreTrainedModel):
                 rolls=rolls,
             )
         if not torch.compiler.is_compiling():
-            limit = max_positions(self.config)
+            limit = self.config.max_position_embeddings
             if layout.longest > limit:
                 raise ValueError(
                     f"input_ids: expected sequences of at most {limit} tokens "
@@ -295,8 +315,49 @@ def _check_extras(kwargs: dict[str, Any]) -> None:
         raise ValueError(f"forward: unexpected argument(s) {', '.join(unknown)}.")
 
 
+def _check_ids(name: str, ids: Tensor, vocab_size: int, *, ignored: int = 0) -> None:
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{name}: expected int64 [batch, seq], got {_named(ids)}. Cast it with .long(), and "
+            "give one text the shape [1, seq]."
+        )
+    # On a GPU the embedding itself asserts, and asking here would wait for the GPU.
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = ((ids < 0) | (ids >= vocab_size)) & (ids != ignored)
+        if bool(outside.any()):
+            raise ValueError(
+                f"{name}: expected ids from 0 to {vocab_size - 1}, got {int(ids[outside][0])}. "
+                "Tokenizer and model do not belong together."
+            )
+
+
+def _check_embeds(inputs_embeds: Tensor, hidden_size: int) -> None:
+    shape = inputs_embeds.shape
+    if len(shape) != 3 or shape[2] != hidden_size or not inputs_embeds.is_floating_point():
+        raise ValueError(
+            f"inputs_embeds: expected floats [batch, seq, hidden_size = {hidden_size}], got "
+            f"{_named(inputs_embeds)}."
+        )
+
+
+def _check_labels(labels: Tensor, given: Tensor | None, vocab_size: int) -> None:
+    if given is not None and labels.shape != given.shape[:2]:
+        raise ValueError(
+            f"labels: expected int64 {list(given.shape[:2])} like the input, got {_named(labels)}. "
+            "They are shifted here: pass the input's own tokens."
+        )
+    _check_ids("labels", labels, vocab_size, ignored=-100)
+
+
+def _named(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+
+
 class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
     """Language model with Native Sparse Attention, or its dense twin (``config.attention``).
+
+    ``NSAForCausalLM.from_pretrained(folder)`` loads one. ``AutoModelForCausalLM`` does too once
+    ``nsa.models`` is imported; ``import nsa`` alone loads no transformers.
 
     Example:
         >>> config = NSAModelConfig(vocab_size=100, hidden_size=64, num_attention_heads=4)
@@ -314,8 +375,15 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool(mask.any(-1).all()):
+            raise ValueError(_EMPTY_ROW)
         kind = generation_config.cache_implementation
         if self.config.attention == "nsa" and kind not in (None, "dynamic", "dynamic_full"):
             raise ValueError(
@@ -323,7 +391,7 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
                 "kinds hold no compressed keys; leave it out."
             )
         prepare = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
-        return prepare(generation_config, *args, **kwargs)
+        return prepare(generation_config, model_kwargs, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Where ``generate_batch`` begins: its paged cache has no place for compressed keys."""
@@ -358,7 +426,8 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
             past_key_values: a ``DynamicCache``, made here if ``use_cache`` and none is given.
             inputs_embeds: ``[batch, seq, hidden_size]`` instead of ``input_ids``.
             labels: int64 like ``input_ids``, -100 where there is no loss. Shifted here, within
-                sequences: the last token of one never predicts the first of the next.
+                sequences: the last token of one never predicts the first of the next. The mean
+                over no token at all is NaN, as in transformers; ``num_items_in_batch`` makes it 0.
             use_cache: ``config.use_cache`` if None, but never in training or with labels.
             cu_seqlens: int32 ``[num_seqs + 1]``, where packed sequences begin and end; also
                 accepted as ``cu_seq_lens_q``.
@@ -371,8 +440,10 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("logits_to_keep: expected 0 with labels, whose loss needs all logits.")
-        if labels is not None and use_cache is None:
-            use_cache = False
+        if labels is not None:
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            _check_labels(labels, given, self.config.vocab_size)
+            use_cache = bool(use_cache)
         cu_seqlens = _packing(cu_seqlens, kwargs, position_ids, attention_mask, past_key_values)
         outputs = self.model(
             input_ids=input_ids,
@@ -407,7 +478,7 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
 
 def _next_tokens(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Labels moved one token to the left, -100 at the last token of every sequence."""
-    shifted = pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
+    shifted = pad(labels.long(), (0, 1), value=-100)[..., 1:].contiguous()
     if cu_seqlens is None:
         return shifted
     token = torch.arange(labels.shape[-1] + 1, device=labels.device)

@@ -11,26 +11,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from nsa.layers import default_frequencies, rotation
 from nsa.models.configuration import NSAModelConfig
 
-# Their frequencies depend on the length of the sequence.
-_BY_LENGTH = ("dynamic", "longrope")
-
-
-def max_positions(config: NSAModelConfig) -> int:
-    """Tokens of the longest sequence; "dynamic" scaling multiplies the config's by its factor."""
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type") == "dynamic":
-        return int(config.max_position_embeddings * rope["factor"])
-    return config.max_position_embeddings
-
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines by ``config.rope_parameters``: default, linear, dynamic, yarn, llama3, ...
+    """Cosines and sines by ``config.rope_parameters``: default, linear, yarn, llama3, ...
 
-    With the types whose frequencies depend on the length, cached keys keep the rotation they were
-    written with, as in transformers.
-
-    Raises:
-        ValueError: the ``rope_type`` is unknown.
+    The frequencies are the config's alone. Were they to follow the length of the text, as with
+    "dynamic" and "longrope", which the config refuses, a row would depend on its neighbours in the
+    batch, and cached keys would keep the rotation of a shorter text.
     """
 
     inv_freq: Tensor
@@ -38,24 +25,19 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: NSAModelConfig):
         super().__init__()
         self.config = config
-        rope = config.rope_parameters or {}
-        self.rope_type: str = rope.get("rope_type", "default")
-        if self.rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
-            known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
-            raise ValueError(f"rope_type: expected one of {known}, got {self.rope_type!r}.")
         inv_freq, self.attention_scaling = self.frequencies()
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
-    def frequencies(self, seq_len: int | None = None) -> tuple[Tensor, float]:
+    def frequencies(self) -> tuple[Tensor, float]:
         """Float32 ``[rotary_dim / 2]`` on the CPU, and the factor of cosines and sines."""
-        rope = self.config.rope_parameters or {}
+        rope = self.config.rope_parameters
+        assert rope is not None, "filled in by the config"
         with torch.device("cpu"):
-            if self.rope_type == "default":
+            if rope["rope_type"] == "default":
                 assert self.config.head_dim is not None, "filled in by the config"
                 dim = int(self.config.head_dim * rope.get("partial_rotary_factor", 1.0))
                 return default_frequencies(dim, rope["rope_theta"]), 1.0
-            init = ROPE_INIT_FUNCTIONS[self.rope_type]
-            return init(self.config, torch.device("cpu"), seq_len=seq_len)
+            return ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, torch.device("cpu"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         super()._apply(fn, recurse)
@@ -64,11 +46,8 @@ class RotaryEmbedding(nn.Module):
             self.inv_freq = self.frequencies()[0].to(self.inv_freq.device)
         return self
 
-    def forward(
-        self, positions: Tensor, *, seq_len: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """``cos`` and ``sin [..., rotary_dim]`` of positions in sequences of ``seq_len`` tokens."""
-        inv_freq, attention_scaling = self.inv_freq, self.attention_scaling
-        if self.rope_type in _BY_LENGTH:
-            inv_freq, attention_scaling = self.frequencies(seq_len)
-        return rotation(positions, inv_freq, attention_scaling=attention_scaling, dtype=dtype)
+    def forward(self, positions: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``cos`` and ``sin [..., rotary_dim]`` of positions."""
+        return rotation(
+            positions, self.inv_freq, attention_scaling=self.attention_scaling, dtype=dtype
+        )
