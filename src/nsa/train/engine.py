@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging
 
@@ -165,13 +167,11 @@ class NSATrainer(Trainer):
         """Logs, and ends a run whose loss is no longer a number; what is saved stays as it was.
 
         Raises:
-            ValueError: the loss is not finite.
+            ValueError: the loss of training or validation is not finite.
         """
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise ValueError(
-                f"training diverged: the loss at step {self.state.global_step} is {logs['loss']}. "
-                "Lower training.learning_rate or raise training.warmup_steps."
-            )
+        for key, name in (("loss", "the loss"), ("eval_loss", "the validation loss")):
+            if not math.isfinite(logs.get(key, 0.0)):
+                raise self._diverged(f"{name} at step {self.state.global_step} is {logs[key]}")
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -217,7 +217,53 @@ class NSATrainer(Trainer):
         if self.args.should_save:
             checkpoint.rotate(self.run_dir, self.keep_checkpoints)
 
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._has_finite_weights():
+            return
+        folder = Path(resume_from_checkpoint)
+        saved = [path for _, path in checkpoint.list_checkpoints(self.run_dir)]
+        older = saved[: saved.index(folder)]
+        remedy = f"Delete it to go on from {older[-1]}." if older else "Start in another folder."
+        raise ValueError(
+            f"{folder}: expected finite weights, found NaN, infinity or values too large to "
+            f"compute with. The training that saved them diverged. {remedy}"
+        )
+
+    def _has_finite_weights(self) -> bool:
+        """Whether the weights of all processes are numbers that can be squared and summed."""
+        weights = [
+            weight.to_local() if isinstance(weight, DTensor) else weight
+            for weight in self.model.parameters()  # pyright: ignore[reportOptionalMemberAccess]
+        ]
+        with torch.no_grad():
+            finite = nn.utils.get_total_norm(weights).isfinite().int()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return bool(finite)
+
+    def _diverged(self, what: str) -> ValueError:
+        kept, _ = checkpoint.latest_checkpoint(self.run_dir)
+        again = (
+            "start again in another folder from the last good checkpoint: "
+            f"training.initial_model={kept}"
+            if kept
+            else "start again"
+        )
+        return ValueError(
+            f"training diverged: {what}. Lower training.learning_rate or raise "
+            f"training.warmup_steps, and {again}."
+        )
+
     def _fresh_staging(self) -> Path:
+        """An empty folder to write weights to; there is none for weights that are of no use."""
+        if not self._has_finite_weights():
+            raise self._diverged(
+                f"weights at step {self.state.global_step} are NaN, infinite or too large to "
+                "compute with, and are not saved"
+            )
         staging = self.run_dir / checkpoint.STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
