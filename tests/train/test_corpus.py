@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.disk import full_disk
 
 from nsa.train import corpus as module
 from nsa.train.corpus import build_corpus
@@ -62,6 +64,17 @@ def test_interrupted_encoding_leaves_no_store(source: Path, tmp_path: Path) -> N
 
     with pytest.raises(KeyboardInterrupt):
         build_corpus([source], TOKENIZER, tmp_path / "tokens", name="train", on_tokens=stop)
+    assert list((tmp_path / "tokens").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "name"), [([TEXTS[2]] * 9, "tokens.bin"), (["a"] * 20, "offsets.npy")]
+)
+def test_full_disk_names_the_file(texts: list[str], name: str, tmp_path: Path) -> None:
+    source = tmp_path / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.raises(OSError, match=re.escape(name)), full_disk(250):
+        build_corpus([source], TOKENIZER, tmp_path / "tokens", name="train")
     assert list((tmp_path / "tokens").iterdir()) == []
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from tests.disk import full_disk
 from tests.train import tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer
 from typer.testing import CliRunner
 
 from nsa.cli import app
@@ -205,26 +206,53 @@ def test_checkpoint_of_a_diverged_run_is_not_resumed(
         shutil.rmtree(run_dir / name)
 
 
+@pytest.mark.parametrize(
+    ("save", "error", "message"),
+    [
+        pytest.param(1, OSError, r"File too large.*tokenizer'$", id="first"),
+        pytest.param(3, CheckpointError, r"step 4 .*too large.*checkpoint-2 is intact", id="step"),
+        pytest.param(5, CheckpointError, r"step 6 .*too large.*checkpoint-6 is intact", id="model"),
+    ],
+)
+def test_tokenizer_that_cannot_be_saved(
+    save: int,
+    error: type[Exception],
+    message: str,
+    finished: TrainResult,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saves: list[str] = []
+    save_pretrained = PreTrainedTokenizerFast.save_pretrained
+
+    def limited(self, folder) -> None:
+        saves.append(folder)
+        with full_disk() if len(saves) == save else nullcontext():
+            save_pretrained(self, folder)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", limited)
+    config = tiny.config(corpus, tmp_path / "run")
+    with pytest.raises(error, match=message):
+        train(config, console=QUIET)
+    assert not list(tmp_path.glob("run/.partial/*"))
+    assert train(config, resume=True, console=QUIET).losses == finished.losses
+
+
 def test_failed_save_keeps_the_previous_checkpoint(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_step_end = Milestones.on_step_end
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_checkpoint = Trainer._save_checkpoint
 
-    def shrink(self, args, state, control, **kwargs) -> None:
-        on_step_end(self, args, state, control, **kwargs)
-        if state.global_step == 4:
-            # From here on every write beyond 20 kB fails, as on a full disk.
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    def limited(self, model, trial) -> None:
+        with full_disk(20_000) if self.state.global_step == 4 else nullcontext():
+            save_checkpoint(self, model, trial)
 
     config = tiny.config(corpus, tmp_path / "run")
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(Milestones, "on_step_end", shrink)
-            with pytest.raises(CheckpointError, match=r"step 4 .*checkpoint-2 is intact"):
-                train(config, console=QUIET)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_checkpoint", limited)
+        with pytest.raises(CheckpointError, match=r"step 4 .*checkpoint-2 is intact"):
+            train(config, console=QUIET)
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
     resumed = train(config, resume=True, console=QUIET)
     straight = train(tiny.config(corpus, tmp_path / "other"), console=QUIET)

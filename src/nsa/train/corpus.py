@@ -7,6 +7,7 @@ changes.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nsa.train.documents import Document, read_documents
-from nsa.train.files import sync_folder, write_text
+from nsa.train.files import naming, sync_folder, write_text
 from nsa.train.tokenizer import encode_documents, start_tokens
 
 # Characters handed to the tokenizer at once: enough for its threads, little enough for any memory.
@@ -77,6 +78,7 @@ def build_corpus(
 
     Raises:
         ValueError: the files hold no text, or cannot be read (see :func:`read_documents`).
+        OSError: the store cannot be written; the message names the file.
     """
     key = _fingerprint(files, tokenizer, text_field)
     store = folder / name
@@ -122,7 +124,8 @@ def _encode_into(
 ) -> None:
     digest = hashlib.sha256()
     offsets = [0]
-    with (staged / "tokens.bin").open("wb") as file:
+    path = staged / "tokens.bin"
+    with naming(path), path.open("wb") as file:
         for texts in _batches(documents):
             for ids in encode_documents(tokenizer, texts):
                 raw = np.asarray(ids, dtype=np.uint32).tobytes()
@@ -138,7 +141,11 @@ def _encode_into(
         )
     positions = np.asarray(offsets, dtype=np.int64)
     digest.update(positions.tobytes())
-    np.save(staged / "offsets.npy", positions)
+    # Into a file itself NumPy would write less than all on a full disk, and not say so.
+    np.save(buffer := io.BytesIO(), positions)
+    path = staged / "offsets.npy"
+    with naming(path):
+        path.write_bytes(buffer.getvalue())
     write_text(staged / "meta.json", json.dumps({"key": key, "digest": digest.hexdigest()}))
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging
 
+from nsa.models.saving import write_errors
 from nsa.train import checkpoint
 from nsa.train.config import LoopConfig
 from nsa.train.validation import PositionLosses, position_losses
@@ -190,13 +191,9 @@ class NSATrainer(Trainer):
     def save_final_model(self) -> Path:
         """Publishes the weights as ``<output_dir>/model``, ready for ``from_pretrained``."""
         staged = self._fresh_staging() / "model"
-        try:
+        with self._publishing(staged):
             self.save_model(str(staged), _internal_call=True)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise checkpoint.save_error(
-                error, step=self.state.global_step, run_dir=self.run_dir
-            ) from error
-        return self._publish(staged)
+        return self.run_dir / staged.name
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._output_dir)
@@ -205,13 +202,8 @@ class NSATrainer(Trainer):
         self._output_dir = self._fresh_staging()
         staged = self._output_dir / f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
-            self._publish(staged)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise checkpoint.save_error(
-                error, step=self.state.global_step, run_dir=self.run_dir
-            ) from error
+            with self._publishing(staged):
+                super()._save_checkpoint(model, trial)
         finally:
             self._output_dir = self.run_dir
         if self.args.should_save:
@@ -271,11 +263,20 @@ class NSATrainer(Trainer):
         self.accelerator.wait_for_everyone()
         return staging
 
-    def _publish(self, staged: Path) -> Path:
-        # Every process has files in it: random states, shards.
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoint.publish(staged, self.run_dir)
-            staged.parent.rmdir()
-        self.accelerator.wait_for_everyone()
-        return self.run_dir / staged.name
+    @contextmanager
+    def _publishing(self, staged: Path) -> Iterator[None]:
+        """Publishes the folder that the block writes, or leaves nothing of it."""
+        try:
+            with write_errors():
+                yield
+                # Every process has files in it: random states, shards.
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    checkpoint.publish(staged, self.run_dir)
+                    staged.parent.rmdir()
+                self.accelerator.wait_for_everyone()
+        except OSError as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise checkpoint.save_error(
+                error, step=self.state.global_step, run_dir=self.run_dir
+            ) from error

@@ -16,20 +16,18 @@ import torch
 import yaml
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations.integration_utils import (
-    TensorBoardCallback,
-    is_tensorboard_available,
-)
+from transformers.integrations.integration_utils import is_tensorboard_available
 
 from nsa.models import NSAForCausalLM, NSAModelConfig
+from nsa.models.saving import write_errors
 from nsa.train import checkpoint
 from nsa.train.config import TrainConfig
 from nsa.train.corpus import Corpus, build_corpus
 from nsa.train.documents import find_files, read_documents
 from nsa.train.engine import NSATrainer, training_arguments
-from nsa.train.files import write_text
+from nsa.train.files import naming, write_text
 from nsa.train.packing import PackedRows, collate
-from nsa.train.progress import Milestones, ProgressReport, StopOnSignal
+from nsa.train.progress import EventFiles, Milestones, ProgressReport, StopOnSignal
 from nsa.train.start import new_model, with_initial_model
 from nsa.train.tokenizer import load_tokenizer, train_tokenizer
 from nsa.train.validation import PositionLosses
@@ -243,7 +241,8 @@ def _prepare(
     if resuming:
         _check_same_data(digests, run_dir)
     elif leads:
-        tokenizer.save_pretrained(tokenizer_dir)
+        with naming(tokenizer_dir), write_errors():
+            tokenizer.save_pretrained(tokenizer_dir)
         write_text(run_dir / "data.json", json.dumps(digests, indent=1))
     return config, tokenizer, corpora
 
@@ -334,9 +333,7 @@ def _tensorboard(run_dir: Path, console: Console) -> list[TrainerCallback]:
             markup=False,
         )
         return []
-    callback = TensorBoardCallback()
-    callback.logging_dir = str(run_dir / "tensorboard")
-    return [callback]
+    return [EventFiles(run_dir / "tensorboard", console)]
 
 
 def _describe(
