@@ -1,10 +1,11 @@
-"""A disk that is full."""
+"""A disk that is full, and files of which the end is lost."""
 
 from __future__ import annotations
 
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -16,3 +17,9 @@ def full_disk(max_bytes: int = 100) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def cut_to_half(path: Path) -> None:
+    """Leaves the first half of a file, as a copy that was interrupted does."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.disk import full_disk
+from tests.disk import cut_to_half, full_disk
 
 from nsa.train import corpus as module
 from nsa.train.corpus import build_corpus
@@ -56,6 +56,16 @@ def test_store_is_reused_until_a_file_or_the_tokenizer_changes(
     smaller = train_tokenizer(TEXTS, vocab_size=258)
     third = build_corpus([source], smaller, tmp_path, name="train")
     assert third.num_tokens > second.num_tokens
+
+
+@pytest.mark.parametrize("name", ["meta.json", "tokens.bin", "offsets.npy"])
+def test_store_that_is_not_whole_is_made_anew(name: str, source: Path, tmp_path: Path) -> None:
+    first = build_corpus([source], TOKENIZER, tmp_path, name="train")
+    whole = (tmp_path / "train" / name).read_bytes()
+    for harm in (cut_to_half, Path.unlink, lambda path: path.write_bytes(b"")):
+        harm(tmp_path / "train" / name)
+        assert build_corpus([source], TOKENIZER, tmp_path, name="train").digest == first.digest
+        assert (tmp_path / "train" / name).read_bytes() == whole
 
 
 def test_interrupted_encoding_leaves_no_store(source: Path, tmp_path: Path) -> None:

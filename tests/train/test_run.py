@@ -18,11 +18,13 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from tests.disk import cut_to_half
 from tests.train import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from nsa.cli import app
+from nsa.train import checkpoint
 from nsa.train import run as module
 from nsa.train.config import TrainConfig, load_config
 from nsa.train.corpus import Corpus
@@ -200,6 +202,65 @@ def test_damaged_checkpoint_is_passed_over_and_said(
     resumed = train(tiny.config(corpus, copy), resume=True, console=console)
     assert "checkpoint-6 is passed over: model.safetensors has 100 bytes instead" in out.getvalue()
     assert resumed.losses == finished.losses
+
+
+CHECKPOINT_FILES = (
+    "config.json",
+    "files.json",
+    "generation_config.json",
+    "model.safetensors",
+    "optimizer.pt",
+    "rng_state.pth",
+    "scheduler.pt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "trainer_state.json",
+    "training_args.bin",
+)
+
+
+def test_every_file_of_a_checkpoint_is_missed(finished: TrainResult, copy: Path) -> None:
+    files = [path.name for path in (copy / "checkpoint-6").iterdir()]
+    assert sorted(files) == sorted(CHECKPOINT_FILES)
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+def test_file_of_a_checkpoint_cut_to_half_its_size(name: str, corpus: Path, copy: Path) -> None:
+    cut_to_half(copy / "checkpoint-6" / name)
+    found, (line,) = checkpoint.latest_checkpoint(copy)
+    assert found == copy / "checkpoint-4"
+    assert f"checkpoint-6 is passed over: {name} " in line
+    # Without a whole one the run does not begin again, over what it has.
+    cut_to_half(copy / "checkpoint-4" / name)
+    before = _contents(copy)
+    with pytest.raises(ValueError, match=rf"a whole checkpoint .*4 is passed over: {name} "):
+        train(tiny.config(corpus, copy), resume=True, console=QUIET)
+    assert _contents(copy) == before
+
+
+@pytest.mark.parametrize("harm", [cut_to_half, Path.unlink], ids=["cut", "missing"])
+@pytest.mark.parametrize("name", ["config.yaml", "data.json"])
+def test_file_of_a_run_that_is_not_whole(
+    name: str, harm: Callable[[Path], None], corpus: Path, copy: Path
+) -> None:
+    harm(copy / name)
+    before = _contents(copy)
+    with pytest.raises(ValueError, match=rf"{name}: expected the file of the run.*Copy it again"):
+        train(tiny.config(corpus, copy), resume=True, console=QUIET)
+    assert _contents(copy) == before
+
+
+def test_run_is_resumed_without_its_tokenizer_folder(
+    finished: TrainResult, corpus: Path, copy: Path
+) -> None:
+    shutil.rmtree(copy / "tokenizer")
+    shutil.rmtree(copy / "checkpoint-6")
+    again = train(tiny.config(corpus, copy), resume=True, console=QUIET)
+    assert again.losses == finished.losses
 
 
 def test_finished_run_can_be_resumed_and_extended(

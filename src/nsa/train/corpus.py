@@ -82,7 +82,8 @@ def build_corpus(
     """
     key = _fingerprint(files, tokenizer, text_field)
     store = folder / name
-    if not _is_current(store, key):
+    corpus = _open(store, key)
+    if corpus is None:
         staged = folder / f".{name}.partial"
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
@@ -94,9 +95,9 @@ def build_corpus(
             staged.rename(store)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-    meta = json.loads((store / "meta.json").read_text(encoding="utf-8"))
-    tokens = np.memmap(store / "tokens.bin", dtype=np.uint32, mode="r")
-    return Corpus(tokens, np.load(store / "offsets.npy"), meta["digest"])
+        corpus = _open(store, key)
+        assert corpus is not None, f"{store} was written"
+    return corpus
 
 
 def _fingerprint(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, text_field: str) -> str:
@@ -108,9 +109,15 @@ def _fingerprint(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, text
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _is_current(store: Path, key: str) -> bool:
-    meta = store / "meta.json"
-    return meta.is_file() and json.loads(meta.read_text(encoding="utf-8"))["key"] == key
+def _open(store: Path, key: str) -> Corpus | None:
+    """What is in the store; None if it is of something else, or not whole."""
+    try:
+        meta = json.loads((store / "meta.json").read_text(encoding="utf-8"))
+        tokens = np.memmap(store / "tokens.bin", dtype=np.uint32, mode="r")
+        corpus = Corpus(tokens, np.load(store / "offsets.npy"), meta["digest"])
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    return corpus if meta["key"] == key and len(tokens) == corpus.num_tokens else None
 
 
 def _encode_into(
