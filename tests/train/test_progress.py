@@ -52,6 +52,16 @@ def test_report_shows_losses_and_rate(terminal: bool) -> None:
     assert "train_runtime" not in shown
 
 
+def test_report_shows_validation_losses_by_position_at_the_end() -> None:
+    console, out = _console()
+    report = ProgressReport(console, lambda step: 1)
+    logs = {"eval_loss": 1.5, "eval_tokens": 99, "eval_loss_at/1-63": 2.0, "eval_loss_at/64-99": 1}
+    report.on_log(ARGS, _state(9), TrainerControl(), logs=logs)
+    assert "positions" not in out.getvalue()
+    report.on_log(ARGS, _state(10), TrainerControl(), logs=logs)
+    assert out.getvalue().endswith("validation loss at positions 1-63 2.0000,  64-99 1.0000\n")
+
+
 def test_report_of_another_process_is_silent() -> None:
     console, out = _console(terminal=True)
     report = ProgressReport(console, lambda step: 1)

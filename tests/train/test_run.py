@@ -28,6 +28,7 @@ from nsa.train import checkpoint
 from nsa.train import run as module
 from nsa.train.config import TrainConfig, load_config
 from nsa.train.corpus import Corpus
+from nsa.train.documents import read_documents
 from nsa.train.progress import Milestones
 from nsa.train.run import TrainResult, train
 
@@ -70,6 +71,27 @@ def test_run_leaves_model_tokenizer_config_and_losses(finished: TrainResult) -> 
     assert saved.data.validation_max_tokens == 128
     history = json.loads((run_dir / "history.json").read_text())
     assert any("eval_loss_at/1-63" in entry for entry in history)
+
+
+def test_validation_reads_all_of_long_documents(finished: TrainResult, corpus: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(finished.model_dir)
+    model = AutoModelForCausalLM.from_pretrained(finished.model_dir)
+    losses: list[float] = []
+    late: list[float] = []
+    for document in read_documents([corpus / "valid.jsonl"]):
+        ids = [*tokenizer(document.text)["input_ids"], tokenizer.eos_token_id]
+        for start in range(0, len(ids), 128):
+            piece = torch.tensor([ids[start : start + 128]])
+            with torch.no_grad():
+                logits = model(piece).logits[0, :-1]
+            found = torch.nn.functional.cross_entropy(logits, piece[0, 1:], reduction="none")
+            losses += found.tolist()
+            late += found[63:].tolist()  # of positions from 64 on, counted from the piece's start
+    assert finished.validation is not None
+    assert finished.validation.num_tokens == len(losses) > 5 * 127
+    assert finished.validation.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert finished.validation.bin_edges == (1, 64, 128)
+    assert finished.validation.bin_losses[1] == pytest.approx(np.mean(late), rel=1e-5)
 
 
 def test_final_model_is_the_last_checkpoint_and_generates(finished: TrainResult) -> None:
@@ -385,6 +407,7 @@ def test_command_trains_and_stops_with_the_exit_code_of_ctrl_c(
     )
     assert resumed.exit_code == 0, resumed.output
     assert "step 2/2  loss" in resumed.output
+    assert "validation loss at positions 1-63 " in resumed.output
     assert f"Done. Model: {tmp_path / 'run' / 'model'}" in resumed.output.replace("\n", "")
 
 

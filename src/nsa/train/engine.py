@@ -26,7 +26,7 @@ from transformers.utils import logging
 from nsa.models.saving import write_errors
 from nsa.train import checkpoint
 from nsa.train.config import LoopConfig
-from nsa.train.validation import PositionLosses, position_losses
+from nsa.train.validation import PositionLosses, pieces, position_losses
 
 
 def training_arguments(loop: LoopConfig) -> TrainingArguments:
@@ -98,7 +98,7 @@ class NSATrainer(Trainer):
     Args:
         run_dir: folder of the run.
         validation_documents: token ids of held-out documents; empty for none.
-        validation_max_tokens: tokens read of each.
+        validation_max_tokens: tokens of each that are read at once.
         keep_checkpoints: checkpoints kept.
         kwargs: Trainer's own.
     """
@@ -142,16 +142,20 @@ class NSATrainer(Trainer):
     ) -> dict[str, float]:
         """Loss on whole held-out documents, in all and by position.
 
+        One that is longer than ``validation_max_tokens`` is read in consecutive pieces, each a
+        sequence of its own; positions are counted from the start of the piece.
+
         Returns:
             ``eval_loss``, ``eval_tokens`` and ``eval_loss_at/<first>-<last>`` for every bin.
         """
+        documents, max_len = self.validation_documents, self.validation_max_tokens
         with self.accelerator.autocast():
             result = position_losses(
                 self.model,  # pyright: ignore[reportArgumentType]
-                self.validation_documents,
-                max_len=self.validation_max_tokens,
+                pieces(documents, max_len),
+                max_len=max_len,
             )
-        self.validation = result
+        self.validation = dataclasses.replace(result, num_documents=len(documents))
         edges = result.bin_edges
         metrics = {f"{metric_key_prefix}_loss": result.loss}
         metrics[f"{metric_key_prefix}_tokens"] = result.num_tokens

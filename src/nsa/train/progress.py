@@ -28,6 +28,9 @@ from rich.progress import (
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+# Before the positions of a bin, in the name of its validation loss.
+_LOSS_AT = "eval_loss_at/"
+
 
 class ProgressReport(TrainerCallback):
     """A progress bar with loss and tokens per second on a terminal, plain lines elsewhere.
@@ -78,7 +81,7 @@ class ProgressReport(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Shows a training or a validation loss."""
+        """Shows a training or a validation loss, by position that of the last step."""
         if not state.is_world_process_zero or logs is None:
             return
         at = f"step {state.global_step}/{state.max_steps}"
@@ -86,6 +89,13 @@ class ProgressReport(TrainerCallback):
             self.console.print(
                 f"{at}  validation loss {logs['eval_loss']:.4f}  ({logs['eval_tokens']:,} tokens)"
             )
+            if state.global_step >= state.max_steps:
+                bins = (
+                    f"{key.removeprefix(_LOSS_AT)} {loss:.4f}"
+                    for key, loss in logs.items()
+                    if key.startswith(_LOSS_AT)
+                )
+                self.console.print(f"validation loss at positions {',  '.join(bins)}")
             self._restart_clock()
         elif "loss" in logs:
             rate = self._tokens / max(time.monotonic() - self._since, 1e-9)
