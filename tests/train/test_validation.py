@@ -14,7 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from nsa.models import NSAForCausalLM, NSAModelConfig
 from nsa.train import validation as module
-from nsa.train.validation import PositionLosses, default_bin_edges, pieces, position_losses
+from nsa.train.validation import (
+    PositionLosses,
+    consecutive_pieces,
+    default_bin_edges,
+    position_losses,
+)
 
 SIZES = {
     "vocab_size": 50,
@@ -80,7 +85,7 @@ def test_agrees_with_one_document_at_a_time(name: str, batch_tokens: int | None)
 )
 def test_pieces_are_the_whole_document(length: int, lengths: list[int]) -> None:
     document = np.arange(length)
-    cut = pieces([document, document], 4)
+    cut = consecutive_pieces([document, document], 4)
     assert [len(piece) for piece in cut] == lengths * 2
     together = np.concatenate(cut[: len(lengths)])
     assert together.tolist() == document[: len(together)].tolist()

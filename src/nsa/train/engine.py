@@ -26,7 +26,7 @@ from transformers.utils import logging
 from nsa.models.saving import write_errors
 from nsa.train import checkpoint
 from nsa.train.config import LoopConfig
-from nsa.train.validation import PositionLosses, pieces, position_losses
+from nsa.train.validation import PositionLosses, consecutive_pieces, position_losses
 
 
 def training_arguments(loop: LoopConfig) -> TrainingArguments:
@@ -152,7 +152,7 @@ class NSATrainer(Trainer):
         with self.accelerator.autocast():
             result = position_losses(
                 self.model,  # pyright: ignore[reportArgumentType]
-                pieces(documents, max_len),
+                consecutive_pieces(documents, max_len),
                 max_len=max_len,
             )
         self.validation = dataclasses.replace(result, num_documents=len(documents))
