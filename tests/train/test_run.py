@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from nsa.cli import app
+from nsa.models import NSAForCausalLM
 from nsa.train import checkpoint
 from nsa.train import run as module
 from nsa.train.config import TrainConfig, load_config
@@ -305,6 +306,27 @@ def test_resume_without_a_checkpoint_starts(corpus: Path, tmp_path: Path) -> Non
 def test_folder_with_a_run_is_not_overwritten(corpus: Path, finished: TrainResult) -> None:
     with pytest.raises(ValueError, match=r"already holds a run\. Go on with --resume"):
         train(tiny.config(corpus, finished.output_dir), console=QUIET)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_model_without_checkpoints_is_not_replaced(resume: bool, corpus: Path, copy: Path) -> None:
+    for folder in copy.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    before = _contents(copy)
+    with pytest.raises(ValueError, match=r"holds a model, .*Choose another folder"):
+        train(tiny.config(corpus, copy), resume=resume, console=QUIET)
+    assert _contents(copy) == before
+
+
+def test_too_little_memory_is_an_error_that_says_what_to_do(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self, *args, **kwargs) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(NSAForCausalLM, "forward", full)
+    with pytest.raises(ValueError, match=r"CUDA out of memory\. Lower training\.micro_batch_rows"):
+        train(tiny.config(corpus, tmp_path), console=QUIET)
 
 
 def test_resume_refuses_other_settings_and_other_text(

@@ -98,7 +98,8 @@ def train(
         Losses and where the model is.
 
     Raises:
-        ValueError: settings or data do not fit; see the message.
+        ValueError: settings or data do not fit, a file of the run is damaged, or the training
+            diverged; see the message.
         FileNotFoundError: a data file is not there.
         CheckpointError: a checkpoint could not be written.
 
@@ -117,6 +118,11 @@ def train(
         raise ValueError(
             f"training.output_dir: expected a whole checkpoint in {run_dir} to go on from, found "
             f"none: {' '.join(passed_over)} Copy them again, or choose another folder."
+        )
+    if start is None and (run_dir / "model").exists():
+        raise ValueError(
+            f"training.output_dir: {run_dir} holds a model, which this run would replace, and no "
+            "checkpoint to go on from. Choose another folder."
         )
     args = training_arguments(config.training)
     console = console or Console(highlight=False)
@@ -183,6 +189,12 @@ def _run(
     try:
         with stop.listening():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"training: expected a step to fit into the memory of the device, but {error} Lower "
+            "training.micro_batch_rows, or set training.gradient_checkpointing; both may change "
+            "when the run is resumed."
+        ) from error
     finally:
         progress.close()
     return _finish(trainer, stop, console)
