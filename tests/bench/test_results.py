@@ -3,6 +3,7 @@ import json
 
 import pytest
 from rich.console import Console
+from tests.disk import full_disk
 
 from nsa.bench.results import (
     COLUMNS,
@@ -45,6 +46,16 @@ def test_appended_rows_come_back_in_order(tmp_path):
     append(path, [row(seq_len=2), row(seq_len=3)])
     assert [made["seq_len"] for made in read(path)] == [1, 2, 3]
     assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "ops.jsonl"
+    append(path, [row()])
+    before = path.read_text()
+    for room in (20, 0):  # for the beginning of a line, and for nothing
+        with full_disk(len(before) + room), pytest.raises(OSError, match=r": '.*ops\.jsonl'"):
+            append(path, [row(), row()])
+        assert path.read_text() == before
 
 
 @pytest.mark.parametrize(

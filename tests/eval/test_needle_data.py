@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.disk import full_disk
 from tests.eval.samples import haystack, prose, tokenizer
 
 from nsa.eval.needle_data import read_haystack, write_documents
@@ -31,6 +32,13 @@ def test_an_interruption_leaves_the_old_file(tmp_path: Path):
         write_documents(path, interrupted(), num_documents=2)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["needles.jsonl"]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path):
+    path = tmp_path / "needles.jsonl"
+    with pytest.raises(OSError, match=r"too large: '.*needles\.jsonl'"), full_disk():
+        write_documents(path, ["one" * 99], num_documents=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_that_training_would_not_read(tmp_path: Path):

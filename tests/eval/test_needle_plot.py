@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.disk import full_disk
 
 from nsa.eval.needle_plot import require_matplotlib, save_heat_map
 from nsa.eval.needle_scores import NeedleAnswer, NeedleCell
@@ -37,6 +38,12 @@ def test_png_is_written_whole(tmp_path: Path):
     assert data[-8:-4] == b"IEND"
     assert width > height > 200
     assert [p.name for p in path.parent.iterdir()] == ["needle.png"]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path):
+    with full_disk(), pytest.raises(OSError, match=r"too large: '.*needle\.png'"):
+        save_heat_map(CELLS, tmp_path / "needle.png", title="a model")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_cell_shows_its_own_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

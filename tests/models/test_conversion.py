@@ -409,6 +409,7 @@ def test_bad_folders(tmp_path: Path):
         pytest.param(OSError("No space left on device"), id="system"),
         # What safetensors makes of a full disk is no OSError.
         pytest.param(SafetensorError("I/O error: No space left on device"), id="safetensors"),
+        pytest.param(Exception("No space left on device"), id="tokenizers"),
     ],
 )
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch, error):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.disk import cut_to_half
 from tests.models.small import random_ids, small_config, small_model
 from tests.models.tokenizer import character_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pipeline
@@ -126,10 +128,28 @@ def test_weights_cut_short(folder, keep):
         load_model(folder)
 
 
-def test_config_cut_short(folder):
-    file = folder / "config.json"
-    file.write_text(file.read_text()[:100])
-    with pytest.raises(ValueError, match=r"config.json: expected JSON, got .*Copy the checkpoint"):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "model-00002-of-00002.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ],
+)
+def test_a_file_cut_to_half_its_size(folder, name):
+    (folder / "model.safetensors").unlink()
+    small_model().save_pretrained(folder, max_shard_size="60KB")
+    cut_to_half(folder / name)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: expected .*cut short.*opy"):
+        load_model(folder)
+
+
+def test_a_tokenizer_of_which_a_file_is_missing(folder):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"expected a tokenizer, but its files cannot be read"):
         load_model(folder)
 
 

@@ -45,6 +45,11 @@ def test_publishing_again_replaces(tmp_path: Path) -> None:
         pytest.param(
             lambda f: (f / "files.json").unlink(), r"it has no files\.json", id="not-finished"
         ),
+        pytest.param(
+            lambda f: (f / "files.json").write_text('{"a.bin": 7,'),
+            r"files\.json is cut short or damaged",
+            id="list-cut",
+        ),
     ],
 )
 def test_damaged_checkpoint_is_passed_over(

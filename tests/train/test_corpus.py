@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.disk import cut_to_half, full_disk
 
 from nsa.train import corpus as module
 from nsa.train.corpus import build_corpus
@@ -56,12 +58,33 @@ def test_store_is_reused_until_a_file_or_the_tokenizer_changes(
     assert third.num_tokens > second.num_tokens
 
 
+@pytest.mark.parametrize("name", ["meta.json", "tokens.bin", "offsets.npy"])
+def test_store_that_is_not_whole_is_made_anew(name: str, source: Path, tmp_path: Path) -> None:
+    first = build_corpus([source], TOKENIZER, tmp_path, name="train")
+    whole = (tmp_path / "train" / name).read_bytes()
+    for harm in (cut_to_half, Path.unlink, lambda path: path.write_bytes(b"")):
+        harm(tmp_path / "train" / name)
+        assert build_corpus([source], TOKENIZER, tmp_path, name="train").digest == first.digest
+        assert (tmp_path / "train" / name).read_bytes() == whole
+
+
 def test_interrupted_encoding_leaves_no_store(source: Path, tmp_path: Path) -> None:
     def stop(count: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         build_corpus([source], TOKENIZER, tmp_path / "tokens", name="train", on_tokens=stop)
+    assert list((tmp_path / "tokens").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "name"), [([TEXTS[2]] * 9, "tokens.bin"), (["a"] * 20, "offsets.npy")]
+)
+def test_full_disk_names_the_file(texts: list[str], name: str, tmp_path: Path) -> None:
+    source = tmp_path / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.raises(OSError, match=re.escape(name)), full_disk(250):
+        build_corpus([source], TOKENIZER, tmp_path / "tokens", name="train")
     assert list((tmp_path / "tokens").iterdir()) == []
 
 

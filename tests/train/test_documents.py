@@ -160,3 +160,10 @@ def test_find_files_errors(tmp_path: Path) -> None:
     (tmp_path / "x.csv").touch()
     with pytest.raises(ValueError, match=r"expected a file that ends in one of .*x\.csv"):
         find_files([tmp_path / "x.csv"])
+
+
+def test_failed_read_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.symlink_to("/proc/self/mem")  # its beginning cannot be read
+    with pytest.raises(OSError, match=r"Input/output error: '.*a\.txt'"):
+        list(read_documents([path]))

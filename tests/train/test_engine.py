@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,19 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file, save_file
+from tests.disk import full_disk
 from tests.train import tiny
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+from typer.testing import CliRunner
 
+from nsa.cli import app
 from nsa.models import NSAForCausalLM, NSAModelConfig
 from nsa.train.checkpoint import CheckpointError
 from nsa.train.config import LoopConfig
@@ -150,43 +160,141 @@ def test_optimizer_settings_arrive(corpus: Path, tmp_path: Path) -> None:
     assert set(plain["params"]) == norms
 
 
-def test_loss_that_is_not_a_number_ends_the_run(
-    run: Callable[..., TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _spoil_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights become NaN when the loop has done ``step``, before it logs, evaluates or saves."""
     on_step_end = Milestones.on_step_end
 
     def spoil(self, args, state, control, model=None, **kwargs) -> None:
         on_step_end(self, args, state, control, **kwargs)
-        if state.global_step == 3:
+        if state.global_step == step:
             with torch.no_grad():
                 model.lm_head.weight.fill_(float("nan"))
 
     monkeypatch.setattr(Milestones, "on_step_end", spoil)
-    with pytest.raises(ValueError, match=r"training diverged: the loss at step 4 is nan"):
-        run()
-    assert [p.name for p in tmp_path.rglob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("step", "trouble", "kept"),
+    [
+        pytest.param(3, "the loss at step 4 is nan", "checkpoint-2", id="loss"),
+        pytest.param(4, "weights at step 4 are NaN", "checkpoint-2", id="weights"),
+        pytest.param(6, "the validation loss at step 6 is nan", "checkpoint-4", id="validation"),
+    ],
+)
+def test_diverged_run_ends_and_the_checkpoint_before_it_stays(
+    step: int,
+    trouble: str,
+    kept: str,
+    run: Callable[..., TrainResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _spoil_after(step, monkeypatch)
+    every = {"eval_every": 0, "keep_checkpoints": 1}
+    with pytest.raises(
+        ValueError, match=rf"diverged: {trouble}.* training\.initial_model=.*{kept}"
+    ):
+        run(**every)
+    run_dir = tmp_path / "0"
+    assert [p.name for p in run_dir.glob("checkpoint-*")] == [kept]
+    assert not (run_dir / "model").exists()
+    assert not list(run_dir.glob(".partial/*"))
+    monkeypatch.undo()
+    # What the message says to do.
+    again = run(initial_model=str(run_dir / kept), learning_rate=1e-3)
+    assert again.model_dir is not None
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_huge_weights_are_not_saved(validates: bool, corpus: Path, tmp_path: Path) -> None:
+    values = tiny.settings(corpus, tmp_path / "run", learning_rate=1e30, max_steps=2)
+    if not validates:
+        del values["data"]["validation"]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    result = CliRunner().invoke(app, ["train", str(path)])
+    assert result.exit_code != 0
+    assert str(result.exception).startswith("training diverged: ")
+    assert "training.warmup_steps, and start again." in str(result.exception)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_final_model_has_finite_weights(corpus: Path, tmp_path: Path) -> None:
+    config = tiny.config(corpus, tmp_path)
+    model = NSAForCausalLM(NSAModelConfig(vocab_size=270, **config.model))
+    args = training_arguments(config.training)
+    trainer = NSATrainer(run_dir=tmp_path, model=model, args=args, keep_checkpoints=1)
+    assert trainer.save_final_model().is_dir()
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("inf")
+    with pytest.raises(ValueError, match="training diverged: weights at step 0"):
+        trainer.save_final_model()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert saved.lm_head.weight.isfinite().all()
+
+
+def test_checkpoint_of_a_diverged_run_is_not_resumed(
+    finished: TrainResult, corpus: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(finished.output_dir, tmp_path / "copy"))
+    for name, remedy in (("checkpoint-6", "go on from .*checkpoint-4"), ("checkpoint-4", "Start")):
+        file = run_dir / name / "model.safetensors"
+        weights = load_file(file)
+        weights["lm_head.weight"][0, 0] = float("nan")
+        save_file(weights, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"{name}: expected finite weights.*{remedy}"):
+            train(tiny.config(corpus, run_dir), resume=True, console=QUIET)
+        shutil.rmtree(run_dir / name)
+
+
+@pytest.mark.parametrize(
+    ("save", "error", "message"),
+    [
+        pytest.param(1, OSError, r"File too large.*tokenizer'$", id="first"),
+        pytest.param(3, CheckpointError, r"step 4 .*too large.*checkpoint-2 is intact", id="step"),
+        pytest.param(5, CheckpointError, r"step 6 .*too large.*checkpoint-6 is intact", id="model"),
+    ],
+)
+def test_tokenizer_that_cannot_be_saved(
+    save: int,
+    error: type[Exception],
+    message: str,
+    finished: TrainResult,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saves: list[str] = []
+    save_pretrained = PreTrainedTokenizerFast.save_pretrained
+
+    def limited(self, folder) -> None:
+        saves.append(folder)
+        with full_disk() if len(saves) == save else nullcontext():
+            save_pretrained(self, folder)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", limited)
+    config = tiny.config(corpus, tmp_path / "run")
+    with pytest.raises(error, match=message):
+        train(config, console=QUIET)
+    assert not list(tmp_path.glob("run/.partial/*"))
+    assert train(config, resume=True, console=QUIET).losses == finished.losses
 
 
 def test_failed_save_keeps_the_previous_checkpoint(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_step_end = Milestones.on_step_end
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_checkpoint = Trainer._save_checkpoint
 
-    def shrink(self, args, state, control, **kwargs) -> None:
-        on_step_end(self, args, state, control, **kwargs)
-        if state.global_step == 4:
-            # From here on every write beyond 20 kB fails, as on a full disk.
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    def limited(self, model, trial) -> None:
+        with full_disk(20_000) if self.state.global_step == 4 else nullcontext():
+            save_checkpoint(self, model, trial)
 
     config = tiny.config(corpus, tmp_path / "run")
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(Milestones, "on_step_end", shrink)
-            with pytest.raises(CheckpointError, match=r"step 4 .*checkpoint-2 is intact"):
-                train(config, console=QUIET)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_checkpoint", limited)
+        with pytest.raises(CheckpointError, match=r"step 4 .*checkpoint-2 is intact"):
+            train(config, console=QUIET)
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
     resumed = train(config, resume=True, console=QUIET)
     straight = train(tiny.config(corpus, tmp_path / "other"), console=QUIET)
@@ -213,6 +321,11 @@ if dist.get_rank() == 0:
     shutil.rmtree(folder / "resumed" / "model")
 dist.barrier()
 start("resumed", fsdp=True)
+for fsdp in (False, True):
+    try:
+        start("diverged", learning_rate=1e30, fsdp=fsdp)
+    except ValueError as error:
+        print(error)
 dist.destroy_process_group()
 """
 
@@ -262,3 +375,6 @@ def test_two_processes_give_the_losses_of_one(
         for key, value in weights.items():
             torch.testing.assert_close(saved[key], value, rtol=1e-3, atol=1e-5)
     assert launched.stdout.count("Done. Model") == 3
+    # Both processes stopped, once with DDP and once with FSDP2.
+    assert launched.stdout.count("training diverged: weights at step 2") == 4
+    assert not list((folder / "diverged").glob("checkpoint-*"))

@@ -42,3 +42,17 @@ def test_sync_folder_reaches_every_file(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(files.os, "fsync", synced.append)
     files.sync_folder(tmp_path)
     assert len(synced) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        pytest.param(OSError(errno.EIO, "broken"), r"^\[Errno 5\] broken: 'a\.txt'$", id="write"),
+        # What NumPy raises on a full disk.
+        pytest.param(OSError("9 requested"), r"^9 requested: 'a\.txt'$", id="no-number"),
+        pytest.param(OSError(errno.EIO, "broken", "b"), r"^\[Errno 5\] broken: 'b'$", id="named"),
+    ],
+)
+def test_naming(error: OSError, message: str) -> None:
+    with pytest.raises(OSError, match=message), files.naming(Path("a.txt")):
+        raise error

@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import signal
 import threading
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import TrainerControl, TrainerState
+from tests.disk import full_disk
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from nsa.train.progress import Milestones, ProgressReport, StopOnSignal
+from nsa.train.progress import EventFiles, Milestones, ProgressReport, StopOnSignal
 
 ARGS = SimpleNamespace(device=torch.device("cpu"))
 
@@ -47,6 +50,16 @@ def test_report_shows_losses_and_rate(terminal: bool) -> None:
     assert ("step 2/10  loss" in shown) != terminal
     assert "2/10" in shown
     assert "train_runtime" not in shown
+
+
+def test_report_shows_validation_losses_by_position_at_the_end() -> None:
+    console, out = _console()
+    report = ProgressReport(console, lambda step: 1)
+    logs = {"eval_loss": 1.5, "eval_tokens": 99, "eval_loss_at/1-63": 2.0, "eval_loss_at/64-99": 1}
+    report.on_log(ARGS, _state(9), TrainerControl(), logs=logs)
+    assert "positions" not in out.getvalue()
+    report.on_log(ARGS, _state(10), TrainerControl(), logs=logs)
+    assert out.getvalue().endswith("validation loss at positions 1-63 2.0000,  64-99 1.0000\n")
 
 
 def test_report_of_another_process_is_silent() -> None:
@@ -97,6 +110,21 @@ def test_signals_are_left_alone_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+@pytest.mark.parametrize("call", ["on_train_begin", "on_log", "on_train_end"])
+def test_event_files_that_cannot_be_written_are_done_without(
+    call: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    console, out = _console()
+    events = EventFiles(tmp_path / "tensorboard", console)
+    args, control = TrainingArguments(output_dir=str(tmp_path)), TrainerControl()
+    for name in ("on_train_begin", "on_log", "on_log", "on_train_end"):
+        with full_disk() if name == call else nullcontext():
+            getattr(events, name)(args, _state(1), control, logs={"a" * 200: 1.0})
+    shown = out.getvalue().replace("\n", "")
+    assert shown.count("tensorboard: no further event files") == (call != "on_train_end")
+    assert capfd.readouterr().err == ""
 
 
 def _flags(milestones: Milestones, step: int) -> str:

@@ -18,14 +18,18 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from tests.disk import cut_to_half
 from tests.train import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from nsa.cli import app
+from nsa.models import NSAForCausalLM
+from nsa.train import checkpoint
 from nsa.train import run as module
 from nsa.train.config import TrainConfig, load_config
 from nsa.train.corpus import Corpus
+from nsa.train.documents import read_documents
 from nsa.train.progress import Milestones
 from nsa.train.run import TrainResult, train
 
@@ -68,6 +72,27 @@ def test_run_leaves_model_tokenizer_config_and_losses(finished: TrainResult) -> 
     assert saved.data.validation_max_tokens == 128
     history = json.loads((run_dir / "history.json").read_text())
     assert any("eval_loss_at/1-63" in entry for entry in history)
+
+
+def test_validation_reads_all_of_long_documents(finished: TrainResult, corpus: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(finished.model_dir)
+    model = AutoModelForCausalLM.from_pretrained(finished.model_dir)
+    losses: list[float] = []
+    late: list[float] = []
+    for document in read_documents([corpus / "valid.jsonl"]):
+        ids = [*tokenizer(document.text)["input_ids"], tokenizer.eos_token_id]
+        for start in range(0, len(ids), 128):
+            piece = torch.tensor([ids[start : start + 128]])
+            with torch.no_grad():
+                logits = model(piece).logits[0, :-1]
+            found = torch.nn.functional.cross_entropy(logits, piece[0, 1:], reduction="none")
+            losses += found.tolist()
+            late += found[63:].tolist()  # of positions from 64 on, counted from the piece's start
+    assert finished.validation is not None
+    assert finished.validation.num_tokens == len(losses) > 5 * 127
+    assert finished.validation.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert finished.validation.bin_edges == (1, 64, 128)
+    assert finished.validation.bin_losses[1] == pytest.approx(np.mean(late), rel=1e-5)
 
 
 def test_final_model_is_the_last_checkpoint_and_generates(finished: TrainResult) -> None:
@@ -202,6 +227,65 @@ def test_damaged_checkpoint_is_passed_over_and_said(
     assert resumed.losses == finished.losses
 
 
+CHECKPOINT_FILES = (
+    "config.json",
+    "files.json",
+    "generation_config.json",
+    "model.safetensors",
+    "optimizer.pt",
+    "rng_state.pth",
+    "scheduler.pt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "trainer_state.json",
+    "training_args.bin",
+)
+
+
+def test_every_file_of_a_checkpoint_is_missed(finished: TrainResult, copy: Path) -> None:
+    files = [path.name for path in (copy / "checkpoint-6").iterdir()]
+    assert sorted(files) == sorted(CHECKPOINT_FILES)
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+def test_file_of_a_checkpoint_cut_to_half_its_size(name: str, corpus: Path, copy: Path) -> None:
+    cut_to_half(copy / "checkpoint-6" / name)
+    found, (line,) = checkpoint.latest_checkpoint(copy)
+    assert found == copy / "checkpoint-4"
+    assert f"checkpoint-6 is passed over: {name} " in line
+    # Without a whole one the run does not begin again, over what it has.
+    cut_to_half(copy / "checkpoint-4" / name)
+    before = _contents(copy)
+    with pytest.raises(ValueError, match=rf"a whole checkpoint .*4 is passed over: {name} "):
+        train(tiny.config(corpus, copy), resume=True, console=QUIET)
+    assert _contents(copy) == before
+
+
+@pytest.mark.parametrize("harm", [cut_to_half, Path.unlink], ids=["cut", "missing"])
+@pytest.mark.parametrize("name", ["config.yaml", "data.json"])
+def test_file_of_a_run_that_is_not_whole(
+    name: str, harm: Callable[[Path], None], corpus: Path, copy: Path
+) -> None:
+    harm(copy / name)
+    before = _contents(copy)
+    with pytest.raises(ValueError, match=rf"{name}: expected the file of the run.*Copy it again"):
+        train(tiny.config(corpus, copy), resume=True, console=QUIET)
+    assert _contents(copy) == before
+
+
+def test_run_is_resumed_without_its_tokenizer_folder(
+    finished: TrainResult, corpus: Path, copy: Path
+) -> None:
+    shutil.rmtree(copy / "tokenizer")
+    shutil.rmtree(copy / "checkpoint-6")
+    again = train(tiny.config(corpus, copy), resume=True, console=QUIET)
+    assert again.losses == finished.losses
+
+
 def test_finished_run_can_be_resumed_and_extended(
     finished: TrainResult, corpus: Path, copy: Path
 ) -> None:
@@ -222,6 +306,27 @@ def test_resume_without_a_checkpoint_starts(corpus: Path, tmp_path: Path) -> Non
 def test_folder_with_a_run_is_not_overwritten(corpus: Path, finished: TrainResult) -> None:
     with pytest.raises(ValueError, match=r"already holds a run\. Go on with --resume"):
         train(tiny.config(corpus, finished.output_dir), console=QUIET)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_model_without_checkpoints_is_not_replaced(resume: bool, corpus: Path, copy: Path) -> None:
+    for folder in copy.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    before = _contents(copy)
+    with pytest.raises(ValueError, match=r"holds a model, .*Choose another folder"):
+        train(tiny.config(corpus, copy), resume=resume, console=QUIET)
+    assert _contents(copy) == before
+
+
+def test_too_little_memory_is_an_error_that_says_what_to_do(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self, *args, **kwargs) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(NSAForCausalLM, "forward", full)
+    with pytest.raises(ValueError, match=r"CUDA out of memory\. Lower training\.micro_batch_rows"):
+        train(tiny.config(corpus, tmp_path), console=QUIET)
 
 
 def test_resume_refuses_other_settings_and_other_text(
@@ -324,6 +429,7 @@ def test_command_trains_and_stops_with_the_exit_code_of_ctrl_c(
     )
     assert resumed.exit_code == 0, resumed.output
     assert "step 2/2  loss" in resumed.output
+    assert "validation loss at positions 1-63 " in resumed.output
     assert f"Done. Model: {tmp_path / 'run' / 'model'}" in resumed.output.replace("\n", "")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.disk import cut_to_half
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -130,4 +131,19 @@ def test_errors(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     PreTrainedTokenizerFast(tokenizer_object=TOKENIZER.backend_tokenizer).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"expected an end-of-text token"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_tokenizer_cut_to_half_its_size(name: str, tmp_path: Path) -> None:
+    train_tokenizer(["a fish"], vocab_size=270).save_pretrained(tmp_path)
+    cut_to_half(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}: expected JSON, .* cut short"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizer_that_tokenizers_cannot_read(tmp_path: Path) -> None:
+    train_tokenizer(["a fish"], vocab_size=270).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer: expected a folder with tokenizer\.json"):
         load_tokenizer(tmp_path)

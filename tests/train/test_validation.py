@@ -14,7 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from nsa.models import NSAForCausalLM, NSAModelConfig
 from nsa.train import validation as module
-from nsa.train.validation import PositionLosses, default_bin_edges, position_losses
+from nsa.train.validation import (
+    PositionLosses,
+    consecutive_pieces,
+    default_bin_edges,
+    position_losses,
+)
 
 SIZES = {
     "vocab_size": 50,
@@ -72,6 +77,19 @@ def test_agrees_with_one_document_at_a_time(name: str, batch_tokens: int | None)
         inside = [loss for position, loss in pairs if first <= position < last]
         assert result.bin_tokens[index] == len(inside)
         assert result.bin_losses[index] == pytest.approx(np.mean(inside), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "lengths"),
+    [(2, [2]), (4, [4]), (5, [4]), (6, [4, 2]), (8, [4, 4]), (9, [4, 4]), (11, [4, 4, 3])],
+)
+def test_pieces_are_the_whole_document(length: int, lengths: list[int]) -> None:
+    document = np.arange(length)
+    cut = consecutive_pieces([document, document], 4)
+    assert [len(piece) for piece in cut] == lengths * 2
+    together = np.concatenate(cut[: len(lengths)])
+    assert together.tolist() == document[: len(together)].tolist()
+    assert length - len(together) <= 1
 
 
 def test_rows_of_logits_are_cut_without_changing_the_result(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from nsa.train.files import naming
 
 Row = dict[str, Any]
 
@@ -18,13 +21,22 @@ KEY += ("compressor",)
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Adds rows to a JSON lines file in one write: whoever stops us leaves whole lines."""
-    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    """Adds rows to a JSON lines file in one write: whoever stops us leaves whole lines.
+
+    Raises:
+        OSError: the disk is full; the file is as it was.
+    """
+    text = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, text.encode())
-        os.fsync(descriptor)
+        with naming(path):
+            size = os.fstat(descriptor).st_size
+            if os.write(descriptor, text) < len(text):
+                # A nearly full disk takes the beginning and reports no error.
+                os.ftruncate(descriptor, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

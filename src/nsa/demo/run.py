@@ -32,7 +32,7 @@ from nsa.train import checkpoint
 from nsa.train.files import write_text
 from nsa.train.run import TrainResult, train
 from nsa.train.tokenizer import encode_documents
-from nsa.train.validation import PositionLosses, position_losses
+from nsa.train.validation import PositionLosses, consecutive_pieces, position_losses
 
 _PROMPT_CHARS = 400
 
@@ -107,9 +107,7 @@ def _demo(folder: Path, settings: DemoSettings, console: Console) -> Path:
     _, held_out = read_book()
     tokenizer = trained["nsa"].loaded.tokenizer
     texts = held_out_passages(settings)
-    documents = [
-        ids[: settings.seq_len] for ids in encode_documents(tokenizer, texts) if len(ids) > 1
-    ]
+    documents = consecutive_pieces(list(encode_documents(tokenizer, texts)), settings.seq_len)
     losses = {
         name: _evaluate(name, twin, documents, settings, console) for name, twin in trained.items()
     }
@@ -213,7 +211,7 @@ def _train(name: str, folder: Path, settings: DemoSettings, console: Console) ->
 def _evaluate(
     name: str,
     twin: _Trained,
-    documents: Sequence[Sequence[int]],
+    documents: Sequence[Sequence[int] | np.ndarray],
     settings: DemoSettings,
     console: Console,
 ) -> PositionLosses:
@@ -229,7 +227,7 @@ def _evaluate(
         )
 
 
-def unigram_entropy(documents: Sequence[Sequence[int]]) -> float:
+def unigram_entropy(documents: Sequence[Sequence[int] | np.ndarray]) -> float:
     """Entropy in nats of the tokens that are predicted: what knowing only their counts leaves."""
     _, counts = np.unique(np.concatenate([ids[1:] for ids in documents]), return_counts=True)
     shares = counts / counts.sum()

@@ -108,8 +108,7 @@ def read_book() -> tuple[str, str]:
 def write_data(folder: Path, settings: DemoSettings) -> None:
     """Writes the text files of both runs, unless they are there.
 
-    The held-out part is cut at paragraph ends into documents that fill a sequence, so that nearly
-    all of it is read.
+    The held-out part is cut at paragraph ends into documents that fill a sequence.
     """
     trained, _ = read_book()
     contents = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from nsa.eval.haystack import Haystack
 from nsa.eval.progress import progress_bar
 from nsa.train.documents import find_files, read_documents
+from nsa.train.files import naming
 from nsa.train.tokenizer import load_tokenizer
 
 
@@ -46,6 +47,7 @@ def write_documents(path: Path, documents: Iterable[str], *, num_documents: int)
     staged = path.with_name(f".{path.name}.partial")
     try:
         with (
+            naming(path),
             staged.open("w", encoding="utf-8") as file,
             progress_bar("Documents", num_documents) as advance,
         ):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nsa.eval.needle_scores import NeedleCell
+from nsa.train.files import naming
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +40,7 @@ def save_heat_map(cells: Sequence[NeedleCell], path: Path, *, title: str) -> Non
 
     Raises:
         ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
 
     Example:
         >>> save_heat_map(cells, Path("needle.png"), title="my model")
@@ -70,7 +72,8 @@ def save_heat_map(cells: Sequence[NeedleCell], path: Path, *, title: str) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.partial")
     try:
-        figure.savefig(staged, format="png", dpi=150)
+        with naming(path):
+            figure.savefig(staged, format="png", dpi=150)
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +27,7 @@ from nsa.models.configuration import NSAModelConfig
 from nsa.models.conversion_report import ConversionReport, measure_shift
 from nsa.models.loading import load_model, load_weights
 from nsa.models.modeling import NSAForCausalLM
+from nsa.models.saving import write_errors
 
 # Logit of the selection gate; minus this for the two others. See ``convert_from_dense``.
 GATE_LOGIT = 6.0
@@ -184,10 +184,11 @@ def convert_folder(
     )
     staged = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
+        with write_errors():
+            model.save_pretrained(staged)
+            tokenizer.save_pretrained(staged)
         staged.rename(target)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OSError(
             f"output: could not write {target} ({error}); nothing is left there."
         ) from error

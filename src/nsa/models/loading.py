@@ -54,7 +54,9 @@ def load_weights(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTr
             f"model: expected a folder with config.json and weights, found none at {folder}. Train "
             "one with `nsa train`, or correct the path."
         )
-    _check_config(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model: expected {folder / 'config.json'}, which is not there.")
+    check_json(folder)
     for file in _weight_files(folder):
         _check_complete(file)
     model = _load_weights(folder, dtype)
@@ -67,16 +69,22 @@ def load_weights(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTr
     return model.eval()
 
 
-def _check_config(folder: Path) -> None:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"model: expected {file}, which is not there.")
-    try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{file}: expected JSON, got {error}. Copy the checkpoint again."
-        ) from None
+def check_json(folder: Path) -> None:
+    """Checks that every JSON file in ``folder`` is whole.
+
+    Of one cut short, transformers and tokenizers say nothing or do not say which it is.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{file}: expected JSON, got {error}. It is cut short or damaged: copy the "
+                "checkpoint again."
+            ) from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -133,4 +141,10 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"model: expected a tokenizer beside the weights, found no tokenizer.json in {folder}. "
             "Save it there with tokenizer.save_pretrained."
         )
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise ValueError(
+            f"{folder}: expected a tokenizer, but its files cannot be read "
+            f"({str(error).strip().splitlines()[0]}). Copy the checkpoint again."
+        ) from error

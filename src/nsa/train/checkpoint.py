@@ -71,7 +71,11 @@ def damage(folder: Path) -> str | None:
     manifest = folder / _MANIFEST
     if not manifest.is_file():
         return f"it has no {_MANIFEST}, so it was not finished by nsa train"
-    for name, size in json.loads(manifest.read_text(encoding="utf-8")).items():
+    try:
+        sizes = json.loads(manifest.read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{_MANIFEST} is cut short or damaged"
+    for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

@@ -30,8 +30,8 @@ class DataConfig:
         validation: held-out files or folders; empty for none.
         text_field: field or column that holds the text.
         seq_len: tokens per packed row, and the longest sequence seen in training.
-        validation_max_tokens: tokens of each held-out document that are read, from its start; all
-            that the model has positions for if None.
+        validation_max_tokens: tokens of a held-out document that are read as one sequence; as many
+            as the model has positions if None. A longer document is read in consecutive pieces.
     """
 
     train: tuple[str, ...]

@@ -7,6 +7,7 @@ changes.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nsa.train.documents import Document, read_documents
-from nsa.train.files import sync_folder, write_text
+from nsa.train.files import naming, sync_folder, write_text
 from nsa.train.tokenizer import encode_documents, start_tokens
 
 # Characters handed to the tokenizer at once: enough for its threads, little enough for any memory.
@@ -77,10 +78,12 @@ def build_corpus(
 
     Raises:
         ValueError: the files hold no text, or cannot be read (see :func:`read_documents`).
+        OSError: the store cannot be written; the message names the file.
     """
     key = _fingerprint(files, tokenizer, text_field)
     store = folder / name
-    if not _is_current(store, key):
+    corpus = _open(store, key)
+    if corpus is None:
         staged = folder / f".{name}.partial"
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
@@ -92,9 +95,9 @@ def build_corpus(
             staged.rename(store)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-    meta = json.loads((store / "meta.json").read_text(encoding="utf-8"))
-    tokens = np.memmap(store / "tokens.bin", dtype=np.uint32, mode="r")
-    return Corpus(tokens, np.load(store / "offsets.npy"), meta["digest"])
+        corpus = _open(store, key)
+        assert corpus is not None, f"{store} was written"
+    return corpus
 
 
 def _fingerprint(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, text_field: str) -> str:
@@ -106,9 +109,15 @@ def _fingerprint(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, text
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _is_current(store: Path, key: str) -> bool:
-    meta = store / "meta.json"
-    return meta.is_file() and json.loads(meta.read_text(encoding="utf-8"))["key"] == key
+def _open(store: Path, key: str) -> Corpus | None:
+    """What is in the store; None if it is of something else, or not whole."""
+    try:
+        meta = json.loads((store / "meta.json").read_text(encoding="utf-8"))
+        tokens = np.memmap(store / "tokens.bin", dtype=np.uint32, mode="r")
+        corpus = Corpus(tokens, np.load(store / "offsets.npy"), meta["digest"])
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    return corpus if meta["key"] == key and len(tokens) == corpus.num_tokens else None
 
 
 def _encode_into(
@@ -122,7 +131,8 @@ def _encode_into(
 ) -> None:
     digest = hashlib.sha256()
     offsets = [0]
-    with (staged / "tokens.bin").open("wb") as file:
+    path = staged / "tokens.bin"
+    with naming(path), path.open("wb") as file:
         for texts in _batches(documents):
             for ids in encode_documents(tokenizer, texts):
                 raw = np.asarray(ids, dtype=np.uint32).tobytes()
@@ -138,7 +148,11 @@ def _encode_into(
         )
     positions = np.asarray(offsets, dtype=np.int64)
     digest.update(positions.tobytes())
-    np.save(staged / "offsets.npy", positions)
+    # Into a file itself NumPy would write less than all on a full disk, and not say so.
+    np.save(buffer := io.BytesIO(), positions)
+    path = staged / "offsets.npy"
+    with naming(path):
+        path.write_bytes(buffer.getvalue())
     write_text(staged / "meta.json", json.dumps({"key": key, "digest": digest.hexdigest()}))
 
 

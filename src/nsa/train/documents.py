@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nsa.train.files import naming
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet", ".txt")
 
 _CHUNK_BYTES = 1 << 20
@@ -88,15 +90,16 @@ def read_documents(files: Iterable[Path], *, text_field: str = "text") -> Iterat
         ...     print(document.source, len(document.text))
     """
     for path in files:
-        if path.suffix == ".txt":
-            documents: Iterator[Document] = iter([_read_txt(path)])
-        elif path.suffix == ".parquet":
-            documents = _read_parquet(path, text_field)
-        else:
-            documents = _read_jsonl(path, text_field)
-        for document in documents:
-            if document.text.strip():
-                yield document
+        with naming(path):
+            if path.suffix == ".txt":
+                documents: Iterator[Document] = iter([_read_txt(path)])
+            elif path.suffix == ".parquet":
+                documents = _read_parquet(path, text_field)
+            else:
+                documents = _read_jsonl(path, text_field)
+            for document in documents:
+                if document.text.strip():
+                    yield document
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

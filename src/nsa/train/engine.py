@@ -8,22 +8,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
-from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging
 
+from nsa.models.saving import write_errors
 from nsa.train import checkpoint
 from nsa.train.config import LoopConfig
-from nsa.train.validation import PositionLosses, position_losses
+from nsa.train.validation import PositionLosses, consecutive_pieces, position_losses
 
 
 def training_arguments(loop: LoopConfig) -> TrainingArguments:
@@ -100,7 +103,7 @@ class NSATrainer(Trainer):
     Args:
         run_dir: folder of the run.
         validation_documents: token ids of held-out documents; empty for none.
-        validation_max_tokens: tokens read of each.
+        validation_max_tokens: tokens of each that are read at once.
         keep_checkpoints: checkpoints kept.
         kwargs: Trainer's own.
     """
@@ -146,16 +149,20 @@ class NSATrainer(Trainer):
     ) -> dict[str, float]:
         """Loss on whole held-out documents, in all and by position.
 
+        One that is longer than ``validation_max_tokens`` is read in consecutive pieces, each a
+        sequence of its own; positions are counted from the start of the piece.
+
         Returns:
             ``eval_loss``, ``eval_tokens`` and ``eval_loss_at/<first>-<last>`` for every bin.
         """
+        documents, max_len = self.validation_documents, self.validation_max_tokens
         with self.accelerator.autocast():
             result = position_losses(
                 self.model,  # pyright: ignore[reportArgumentType]
-                self.validation_documents,
-                max_len=self.validation_max_tokens,
+                consecutive_pieces(documents, max_len),
+                max_len=max_len,
             )
-        self.validation = result
+        self.validation = dataclasses.replace(result, num_documents=len(documents))
         edges = result.bin_edges
         metrics = {f"{metric_key_prefix}_loss": result.loss}
         metrics[f"{metric_key_prefix}_tokens"] = result.num_tokens
@@ -172,13 +179,11 @@ class NSATrainer(Trainer):
         """Logs, and ends a run whose loss is no longer a number; what is saved stays as it was.
 
         Raises:
-            ValueError: the loss is not finite.
+            ValueError: the loss of training or validation is not finite.
         """
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise ValueError(
-                f"training diverged: the loss at step {self.state.global_step} is {logs['loss']}. "
-                "Lower training.learning_rate or raise training.warmup_steps."
-            )
+        for key, name in (("loss", "the loss"), ("eval_loss", "the validation loss")):
+            if not math.isfinite(logs.get(key, 0.0)):
+                raise self._diverged(f"{name} at step {self.state.global_step} is {logs[key]}")
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -197,13 +202,9 @@ class NSATrainer(Trainer):
     def save_final_model(self) -> Path:
         """Publishes the weights as ``<output_dir>/model``, ready for ``from_pretrained``."""
         staged = self._fresh_staging() / "model"
-        try:
+        with self._publishing(staged):
             self.save_model(str(staged), _internal_call=True)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise checkpoint.save_error(
-                error, step=self.state.global_step, run_dir=self.run_dir
-            ) from error
-        return self._publish(staged)
+        return self.run_dir / staged.name
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._output_dir)
@@ -212,19 +213,60 @@ class NSATrainer(Trainer):
         self._output_dir = self._fresh_staging()
         staged = self._output_dir / f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
-            self._publish(staged)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise checkpoint.save_error(
-                error, step=self.state.global_step, run_dir=self.run_dir
-            ) from error
+            with self._publishing(staged):
+                super()._save_checkpoint(model, trial)
         finally:
             self._output_dir = self.run_dir
         if self.args.should_save:
             checkpoint.rotate(self.run_dir, self.keep_checkpoints)
 
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._has_finite_weights():
+            return
+        folder = Path(resume_from_checkpoint)
+        saved = [path for _, path in checkpoint.list_checkpoints(self.run_dir)]
+        older = saved[: saved.index(folder)]
+        remedy = f"Delete it to go on from {older[-1]}." if older else "Start in another folder."
+        raise ValueError(
+            f"{folder}: expected finite weights, found NaN, infinity or values too large to "
+            f"compute with. The training that saved them diverged. {remedy}"
+        )
+
+    def _has_finite_weights(self) -> bool:
+        """Whether the weights of all processes are numbers that can be squared and summed."""
+        weights = [
+            weight.to_local() if isinstance(weight, DTensor) else weight
+            for weight in self.model.parameters()  # pyright: ignore[reportOptionalMemberAccess]
+        ]
+        with torch.no_grad():
+            finite = nn.utils.get_total_norm(weights).isfinite().int()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return bool(finite)
+
+    def _diverged(self, what: str) -> ValueError:
+        kept, _ = checkpoint.latest_checkpoint(self.run_dir)
+        again = (
+            "start again in another folder from the last good checkpoint: "
+            f"training.initial_model={kept}"
+            if kept
+            else "start again"
+        )
+        return ValueError(
+            f"training diverged: {what}. Lower training.learning_rate or raise "
+            f"training.warmup_steps, and {again}."
+        )
+
     def _fresh_staging(self) -> Path:
+        """An empty folder to write weights to; there is none for weights that are of no use."""
+        if not self._has_finite_weights():
+            raise self._diverged(
+                f"weights at step {self.state.global_step} are NaN, infinite or too large to "
+                "compute with, and are not saved"
+            )
         staging = self.run_dir / checkpoint.STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
@@ -232,11 +274,20 @@ class NSATrainer(Trainer):
         self.accelerator.wait_for_everyone()
         return staging
 
-    def _publish(self, staged: Path) -> Path:
-        # Every process has files in it: random states, shards.
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoint.publish(staged, self.run_dir)
-            staged.parent.rmdir()
-        self.accelerator.wait_for_everyone()
-        return self.run_dir / staged.name
+    @contextmanager
+    def _publishing(self, staged: Path) -> Iterator[None]:
+        """Publishes the folder that the block writes, or leaves nothing of it."""
+        try:
+            with write_errors():
+                yield
+                # Every process has files in it: random states, shards.
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    checkpoint.publish(staged, self.run_dir)
+                    staged.parent.rmdir()
+                self.accelerator.wait_for_everyone()
+        except OSError as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise checkpoint.save_error(
+                error, step=self.state.global_step, run_dir=self.run_dir
+            ) from error

@@ -1,11 +1,13 @@
 """Writing that an interruption cannot leave half done: a temporary name, then a rename.
 
-Not a storage layer: two helpers that training, evaluation and reports share.
+Not a storage layer: three helpers that training, evaluation and reports share.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -25,14 +27,11 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.partial")
     try:
-        with staged.open("w", encoding="utf-8") as file:
+        with naming(path), staged.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)
-    except OSError as error:
-        # A failed write does not say which file it was.
-        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         staged.unlink(missing_ok=True)
 
@@ -41,5 +40,23 @@ def sync_folder(folder: Path) -> None:
     """Forces every file under ``folder`` to the disk, so that a rename publishes whole files."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            with path.open("rb") as file:
+            with naming(path), path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names ``path`` in an ``OSError`` that names no file, as that of a failed read or write.
+
+    Example:
+        >>> with naming(path), path.open("wb") as file:
+        ...     file.write(content)
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        if error.errno is None:
+            raise OSError(f"{error}: '{path}'") from error
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,6 +26,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+# Before the positions of a bin, in the name of its validation loss.
+_LOSS_AT = "eval_loss_at/"
 
 
 class ProgressReport(TrainerCallback):
@@ -76,7 +81,7 @@ class ProgressReport(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Shows a training or a validation loss."""
+        """Shows a training or a validation loss, by position that of the last step."""
         if not state.is_world_process_zero or logs is None:
             return
         at = f"step {state.global_step}/{state.max_steps}"
@@ -84,6 +89,13 @@ class ProgressReport(TrainerCallback):
             self.console.print(
                 f"{at}  validation loss {logs['eval_loss']:.4f}  ({logs['eval_tokens']:,} tokens)"
             )
+            if state.global_step >= state.max_steps:
+                bins = (
+                    f"{key.removeprefix(_LOSS_AT)} {loss:.4f}"
+                    for key, loss in logs.items()
+                    if key.startswith(_LOSS_AT)
+                )
+                self.console.print(f"validation loss at positions {',  '.join(bins)}")
             self._restart_clock()
         elif "loss" in logs:
             rate = self._tokens / max(time.monotonic() - self._since, 1e-9)
@@ -146,6 +158,75 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         self.signal_number = number
         self.console.print("Stopping after this step; Ctrl-C again stops at once.")
+
+
+class EventFiles(TensorBoardCallback):
+    """TensorBoard's event files, which a run can do without: a write that fails ends them alone.
+
+    Args:
+        folder: where they go.
+        console: told once that there will be no more.
+    """
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        super().__init__()
+        self.logging_dir = str(folder)
+        self.console = console
+        self._failed = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Opens a file and writes settings."""
+        with self._optional():
+            super().on_train_begin(args, state, control, **kwargs)
+            if self.tb_writer is not None:
+                self.tb_writer.flush()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes losses and waits until they are in the file."""
+        if not self._failed:
+            with self._optional():
+                super().on_log(args, state, control, logs, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Closes the file."""
+        if not self._failed:
+            with self._optional():
+                super().on_train_end(args, state, control, **kwargs)
+
+    @contextmanager
+    def _optional(self) -> Iterator[None]:
+        shown = threading.excepthook
+        # The thread that writes hands its error over, then shows it as well.
+        threading.excepthook = lambda args: None if _writes_events(args.thread) else shown(args)
+        try:
+            yield
+        except OSError as error:
+            self._failed = True
+            for thread in filter(_writes_events, threading.enumerate()):
+                thread.join(timeout=0.2)
+            self.console.print(
+                f"{self.logging_dir}: no further event files for TensorBoard ({error}). "
+                "The run goes on.",
+                style="yellow",
+                markup=False,
+            )
+        finally:
+            threading.excepthook = shown
+
+
+def _writes_events(thread: threading.Thread | None) -> bool:
+    return type(thread).__module__.startswith("tensorboard.")
 
 
 class Milestones(TrainerCallback):

@@ -13,24 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations.integration_utils import (
-    TensorBoardCallback,
-    is_tensorboard_available,
-)
+from transformers.integrations.integration_utils import is_tensorboard_available
 
 from nsa.models import NSAForCausalLM, NSAModelConfig
+from nsa.models.saving import write_errors
 from nsa.train import checkpoint
 from nsa.train.config import TrainConfig
 from nsa.train.corpus import Corpus, build_corpus
 from nsa.train.documents import find_files, read_documents
 from nsa.train.engine import NSATrainer, training_arguments
-from nsa.train.files import write_text
+from nsa.train.files import naming, write_text
 from nsa.train.packing import PackedRows, collate, collate_few_shapes
-from nsa.train.progress import Milestones, ProgressReport, StopOnSignal
-from nsa.train.start import new_model, with_initial_model
+from nsa.train.progress import EventFiles, Milestones, ProgressReport, StopOnSignal
+from nsa.train.start import new_model, read_record, saved_settings, with_initial_model
 from nsa.train.tokenizer import load_tokenizer, train_tokenizer
 from nsa.train.validation import PositionLosses
 
@@ -102,7 +99,8 @@ def train(
         Losses and where the model is.
 
     Raises:
-        ValueError: settings or data do not fit; see the message.
+        ValueError: settings or data do not fit, a file of the run is damaged, or the training
+            diverged; see the message.
         FileNotFoundError: a data file is not there.
         CheckpointError: a checkpoint could not be written.
 
@@ -117,6 +115,16 @@ def train(
             f"training.output_dir: {run_dir} already holds a run. Go on with --resume, or choose "
             "another folder."
         )
+    if start is None and passed_over:
+        raise ValueError(
+            f"training.output_dir: expected a whole checkpoint in {run_dir} to go on from, found "
+            f"none: {' '.join(passed_over)} Copy them again, or choose another folder."
+        )
+    if start is None and (run_dir / "model").exists():
+        raise ValueError(
+            f"training.output_dir: {run_dir} holds a model, which this run would replace, and no "
+            "checkpoint to go on from. Choose another folder."
+        )
     args = training_arguments(config.training)
     console = console or Console(highlight=False)
     if args.process_index:
@@ -127,7 +135,7 @@ def train(
     NSAModelConfig(**config.model)  # before minutes of reading text
     with args.main_process_first(local=False):
         config, tokenizer, corpora = _prepare(
-            config, run_dir, resuming=start is not None, leads=args.process_index == 0
+            config, run_dir, start=start, leads=args.process_index == 0
         )
     set_seed(config.training.seed)
     model = new_model(config, resuming=start is not None)
@@ -182,6 +190,12 @@ def _run(
     try:
         with stop.listening():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"training: expected a step to fit into the memory of the device, but {error} Lower "
+            "training.micro_batch_rows, or set training.gradient_checkpointing; both may change "
+            "when the run is resumed."
+        ) from error
     finally:
         progress.close()
     return _finish(trainer, stop, console)
@@ -213,7 +227,7 @@ def _finish(trainer: NSATrainer, stop: StopOnSignal, console: Console) -> TrainR
 
 
 def _prepare(
-    config: TrainConfig, run_dir: Path, *, resuming: bool, leads: bool
+    config: TrainConfig, run_dir: Path, *, start: Path | None, leads: bool
 ) -> tuple[TrainConfig, PreTrainedTokenizerBase, dict[str, Corpus]]:
     """Tokenizer and token stores of the run, and the config with what follows from them.
 
@@ -223,15 +237,15 @@ def _prepare(
     if config.data.validation:
         files["validation"] = find_files(config.data.validation, name="data.validation")
     tokenizer_dir = run_dir / "tokenizer"
-    if resuming or not leads:
-        tokenizer = load_tokenizer(tokenizer_dir)
+    if start or not leads:
+        tokenizer = load_tokenizer(start or tokenizer_dir)
     elif config.tokenizer.load:
         tokenizer = load_tokenizer(config.tokenizer.load)
     else:
         texts = (d.text for d in read_documents(files["train"], text_field=config.data.text_field))
         tokenizer = train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size or 0)
     config = _resolve(config, tokenizer)
-    if resuming:
+    if start:
         _check_same_settings(config, run_dir)
     corpora = {
         name: build_corpus(
@@ -241,10 +255,11 @@ def _prepare(
     }
     _check_held_out(corpora.get("validation"))
     digests = {name: corpus.digest for name, corpus in corpora.items()}
-    if resuming:
+    if start:
         _check_same_data(digests, run_dir)
     elif leads:
-        tokenizer.save_pretrained(tokenizer_dir)
+        with naming(tokenizer_dir), write_errors():
+            tokenizer.save_pretrained(tokenizer_dir)
         write_text(run_dir / "data.json", json.dumps(digests, indent=1))
     return config, tokenizer, corpora
 
@@ -280,7 +295,7 @@ def _resolve(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainCo
 
 
 def _check_same_settings(config: TrainConfig, run_dir: Path) -> None:
-    before = _flat(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
+    before = _flat(saved_settings(run_dir))
     now = _flat(config.to_dict())
     changed = [
         f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
@@ -303,7 +318,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_same_data(digests: Mapping[str, str], run_dir: Path) -> None:
-    before = json.loads((run_dir / "data.json").read_text(encoding="utf-8"))
+    before = read_record(run_dir / "data.json", json.loads)
     changed = [f"data.{name}" for name in before if digests.get(name) != before[name]]
     if changed:
         raise ValueError(
@@ -335,9 +350,7 @@ def _tensorboard(run_dir: Path, console: Console) -> list[TrainerCallback]:
             markup=False,
         )
         return []
-    callback = TensorBoardCallback()
-    callback.logging_dir = str(run_dir / "tensorboard")
-    return [callback]
+    return [EventFiles(run_dir / "tensorboard", console)]
 
 
 def _describe(

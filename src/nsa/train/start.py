@@ -1,8 +1,9 @@
-"""The weights that a run starts from: random ones, or those of a model that is there already."""
+"""What a run starts from: random weights, those of a model, or the files of a run before it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoConfig
 
 from nsa.models import NSAForCausalLM, NSAModelConfig
 from nsa.models.loading import load_weights
-from nsa.train.config import TrainConfig
+from nsa.train.config import DataConfig, LoopConfig, TokenizerConfig, TrainConfig
 
 # What a saved config says of itself and not of the model.
 _NOT_SETTINGS = {"transformers_version", "model_type", "architectures", "dtype"}
@@ -30,11 +31,49 @@ def with_initial_model(config: TrainConfig, run_dir: Path, *, resuming: bool) ->
     folder = config.training.initial_model
     if folder is None:
         return config
-    if resuming:
-        saved = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["model"]
-    else:
-        saved = _settings(Path(folder))
+    saved = saved_settings(run_dir)["model"] if resuming else _settings(Path(folder))
     return replace(config, model={**saved, **config.model})
+
+
+def saved_settings(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """The sections of the ``config.yaml`` of a run.
+
+    Raises:
+        ValueError: it is missing or not whole.
+    """
+    path = run_dir / "config.yaml"
+    saved = read_record(path, yaml.safe_load)
+    sections = {"data": DataConfig, "tokenizer": TokenizerConfig, "training": LoopConfig}
+    # YAML that is cut short is often still YAML.
+    for section, cls in sections.items():
+        absent = {field.name for field in fields(cls)} - set(saved.get(section) or ())
+        if absent:
+            raise _not_whole(path, f"{section}.{min(absent)} is not in it")
+    return saved
+
+
+def read_record(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """A file of a run that says what the run began with.
+
+    Raises:
+        ValueError: it is missing or not whole.
+    """
+    try:
+        found = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _not_whole(path, "there is none") from None
+    except (ValueError, yaml.YAMLError):
+        found = None
+    if not isinstance(found, dict):
+        raise _not_whole(path, "it is cut short or damaged")
+    return found
+
+
+def _not_whole(path: Path, trouble: str) -> ValueError:
+    return ValueError(
+        f"{path}: expected the file of the run that is to be resumed, but {trouble}. Copy it "
+        "again, or start another run from a checkpoint of this one with training.initial_model."
+    )
 
 
 def new_model(config: TrainConfig, *, resuming: bool) -> NSAForCausalLM:

@@ -12,7 +12,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-import nsa.models  # noqa: F401  AutoTokenizer warns of a folder whose model it does not know.
+# Also makes our models known to AutoTokenizer, which warns of a folder of another.
+from nsa.models.loading import check_json
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -83,11 +84,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         The tokenizer, see :func:`with_start_token`.
 
     Raises:
-        ValueError: nothing loadable there, or it has no end-of-text token.
+        ValueError: nothing loadable there, a file is cut short, or it has no end-of-text token.
     """
+    check_json(Path(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises nothing more specific
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(
             "tokenizer: expected a folder with tokenizer.json or a name on the Hub, "

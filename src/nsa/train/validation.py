@@ -62,6 +62,26 @@ def default_bin_edges(max_len: int) -> tuple[int, ...]:
     return (1, *(edge for edge in doubling if edge < max_len), max_len)
 
 
+def consecutive_pieces(
+    token_documents: Sequence[Sequence[int] | np.ndarray], max_len: int
+) -> list[Sequence[int] | np.ndarray]:
+    """Cuts documents into consecutive pieces of ``max_len`` tokens, as training does.
+
+    Each is to be read as a sequence of its own, so that long documents count as a whole: a token's
+    position is then that in its piece. Nothing before the first token of a piece predicts it; a
+    last piece of one token is left out.
+
+    Example:
+        >>> consecutive_pieces([[1, 2, 3, 4, 5], [6, 7]], 2)
+        [[1, 2], [3, 4], [6, 7]]
+    """
+    return [
+        document[start : start + max_len]
+        for document in token_documents
+        for start in range(0, len(document) - 1, max_len)
+    ]
+
+
 @torch.no_grad()
 def position_losses(
     model: PreTrainedModel | nn.Module,
@@ -83,7 +103,8 @@ def position_losses(
         model: has a base model and an output embedding, and is put back in the mode it was in.
         token_documents: token ids of each document, start token included if the model is used with
             one.
-        max_len: tokens read of each document; the rest is not looked at.
+        max_len: tokens read of each document; the rest is not looked at unless
+            :func:`consecutive_pieces` cut it.
         bin_edges: increasing positions from 1; :func:`default_bin_edges` if None. Tokens outside
             count in ``loss`` only.
         batch_tokens: padded tokens per forward pass, ``max_len`` if None; one document always fits.
