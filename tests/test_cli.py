@@ -37,6 +37,9 @@ class FakeModel:
         on_text("words")
         return Generation("two words", 3, 2, 0.5)
 
+    def room(self, prompt, max_new_tokens):
+        return max(0, 40 - len(prompt))
+
 
 @pytest.fixture
 def model(monkeypatch):
@@ -88,6 +91,26 @@ def test_chat_answers_until_an_empty_line(monkeypatch, capsys, model):
     assert run(monkeypatch, "chat", "--model", "m") == 0
     assert [prompt for prompt, _ in model.asked] == ["Hello\n", "Hello\ntwo words\nAgain\n"]
     assert capsys.readouterr().out == "two words\ntwo words\n"
+
+
+def test_chat_goes_on_after_a_message_that_does_not_fit(monkeypatch, capsys, model):
+    lines = iter(["Hello", "x" * 100, "Again", "And " * 6, ""])
+    stream = model.stream
+
+    def refuse_long(prompt, **options):
+        if not model.room(prompt, None):
+            raise ValueError("prompt: too long. Shorten it.")
+        return stream(prompt, **options)
+
+    monkeypatch.setattr(model, "stream", refuse_long)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert run(monkeypatch, "chat", "--model", "m") == 0
+    # Of 40 characters the last message leaves 16 alone and 4 after what was said before it.
+    last = "And And And And And And\n"
+    assert [prompt for prompt, _ in model.asked] == ["Hello\n", "Hello\ntwo words\nAgain\n", last]
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.count("Error: prompt: too long. Shorten it.") == 1
+    assert "it has forgotten the oldest part (2 of your messages so far)" in shown
 
 
 def test_chat_ends_with_the_input(monkeypatch, model):

@@ -52,13 +52,17 @@ def main() -> None:
         ours = isinstance(error, ImportError) and "pip install" not in str(error)
         if ours or sys.flags.dev_mode:
             raise
-        message = str(error) or type(error).__name__
-        console.print("Error:", message, style="red", markup=False, soft_wrap=True)
+        _print_error(console, error)
         sys.exit(2)
     except SystemExit as leaving:
         if leaving.code == 130:
             console.print("Interrupted.", style="yellow")
         raise
+
+
+def _print_error(console: Console, error: Exception) -> None:
+    message = str(error) or type(error).__name__
+    console.print("Error:", message, style="red", markup=False, soft_wrap=True)
 
 
 def _version(wanted: bool) -> None:
@@ -124,16 +128,27 @@ def chat(
     console = Console(stderr=True)
     console.print(talk.introduction(), style="dim")
     while message := _ask():
-        made = talk.reply(
-            message,
-            on_text=_echo,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )
+        forgotten = talk.num_forgotten
+        try:
+            made = talk.reply(
+                message,
+                on_text=_echo,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+            )
+        except ValueError as error:
+            _print_error(console, error)
+            continue
         typer.echo()
         console.print(made.summary(), style="dim")
+        if talk.num_forgotten > forgotten:
+            console.print(
+                "The conversation is longer than what the model can read; it has forgotten the "
+                f"oldest part ({talk.num_forgotten} of your messages so far).",
+                style="yellow",
+            )
 
 
 def _ask() -> str:
