@@ -206,6 +206,15 @@ def test_ctrl_c_says_so_and_exits_with_130(monkeypatch, capsys, model):
     assert "Interrupted." in capsys.readouterr().err
 
 
+def test_ctrl_c_outside_a_command_says_so_too(monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupt)
+    assert run(monkeypatch) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
 def test_a_gpu_is_picked_if_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert cli.pick_device(None) == torch.device("cuda")

@@ -54,10 +54,11 @@ def main() -> None:
             raise
         _print_error(console, error)
         sys.exit(2)
-    except SystemExit as leaving:
-        if leaving.code == 130:
-            console.print("Interrupted.", style="yellow")
-        raise
+    except (SystemExit, KeyboardInterrupt) as leaving:
+        if isinstance(leaving, SystemExit) and leaving.code != 130:
+            raise
+        console.print("Interrupted.", style="yellow")
+        sys.exit(130)
 
 
 def _print_error(console: Console, error: Exception) -> None:
