@@ -243,7 +243,8 @@ def inspect(
     text: Annotated[Path, typer.Option(help="UTF-8 file the model reads, from its start.")],
     output: Annotated[Path, typer.Option(help="The page to write, .html.")],
     twin: Annotated[
-        Path | None, typer.Option(help="Folder of the dense twin, to compare with its attention.")
+        Path | None,
+        typer.Option(help="Folder of the dense twin or source, to compare with its attention."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at most.")] = 1024,
     layer: Annotated[
