@@ -351,13 +351,19 @@ def needle_data(
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the demo.")] = Path("runs/demo"),
 ) -> None:
-    """Train a small NSA model and its dense twin on a book, and report; minutes on a CPU."""
-    from nsa.demo import DemoStopped, run_demo
+    """Train a small NSA model and its dense twin on a book, and report; minutes on a CPU.
+
+    Exit code 1 if the sparse model did not learn.
+    """
+    from nsa.demo import DemoDidNotLearn, DemoStopped, run_demo
 
     try:
         run_demo(output, console=Console(highlight=False))
     except DemoStopped as stopped:
         raise typer.Exit(128 + stopped.signal_number) from None
+    except DemoDidNotLearn as failure:
+        _print_error(Console(stderr=True, highlight=False), failure)
+        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from tests.inspect.sample import sample_pieces, sample_trace
 
 from nsa.demo import DemoSettings
-from nsa.demo.report import Report, TwinReport, report_html
+from nsa.demo.report import Report, TwinReport, report_html, verdict
 from nsa.train.validation import PositionLosses
 
 
@@ -62,6 +62,28 @@ def test_the_gap_is_shown_as_it_is(nsa, dense, sentence, gap):
     assert f"<dd>{gap}<small>" in page
     assert f"<dd>{5.75 - nsa:.3f}<small>of 5.750 nats" in page
     assert "1,234 held-out tokens" in page
+
+
+@pytest.mark.parametrize(
+    ("loss", "learned", "sentence"),
+    [
+        pytest.param(
+            4.75,
+            True,
+            "The sparse model learned: its held-out loss of 4.750 nats per token is 1.000 under "
+            "the unigram entropy of 5.750",
+            id="just-enough",
+        ),
+        pytest.param(4.76, False, "The sparse model did not learn: its", id="too-little"),
+        pytest.param(6.0, False, "is 0.250 over the unigram entropy", id="worse-than-none"),
+        pytest.param(math.nan, False, "expected at least 1.000 under it.", id="diverged"),
+    ],
+)
+def test_the_page_says_whether_the_model_learned(loss, learned, sentence):
+    report = make_report(nsa=loss)
+    assert report.learned == learned
+    assert sentence in verdict(report)
+    assert verdict(report) in report_html(report)
 
 
 def test_text_of_models_and_prompts_is_escaped():
