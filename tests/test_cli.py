@@ -144,6 +144,16 @@ BAD = [
     pytest.param(
         ["env", "--device", "cuda:99"], "--device: got 'cuda:99', but PyTorch sees", id="no-device"
     ),
+    pytest.param(
+        ["env", "--device", "meta"],
+        "--device: got 'meta', which PyTorch cannot use here",
+        id="no-values-on-the-device",
+    ),
+    pytest.param(
+        ["generate", "--model", "m", "--prompt-file", "tests"],
+        "tests: Is a directory.",
+        id="folder-for-a-file",
+    ),
     pytest.param(["bench", "ops", "--shape", "big"], "shape: expected one of tiny", id="shape"),
     pytest.param(["bench", "plot", "--results", "/nowhere/r.jsonl"], "/nowhere/r.jsonl", id="plot"),
 ]
@@ -156,6 +166,15 @@ def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, m
     assert error.startswith("Error: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_an_error_does_not_stand_behind_the_prompt(monkeypatch, capfd, model):
+    def refuse(*_, **__):
+        raise ValueError("prompt: too long.")
+
+    monkeypatch.setattr(model, "stream", refuse)
+    assert run(monkeypatch, "generate", "--model", "m", "--prompt", "Once") == 2
+    assert capfd.readouterr() == ("Once\n", "Error: prompt: too long.\n")
 
 
 def test_brackets_in_a_message_are_printed_as_they_are(monkeypatch, capsys):

@@ -37,7 +37,7 @@ Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the li
 TopP = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="Samples from the likeliest tokens of this mass.")
 ]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Makes sampling repeatable.")]
 
 
 def main() -> None:
@@ -63,6 +63,8 @@ def main() -> None:
 
 def _print_error(console: Console, error: Exception) -> None:
     message = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}."
     console.print("Error:", message, style="red", markup=False, soft_wrap=True)
 
 
@@ -101,15 +103,17 @@ def generate(
     assert given is not None
     loaded = text.load(model, device=pick_device(device))
     typer.echo(given, nl=False)
-    made = loaded.stream(
-        given,
-        on_text=_echo,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
-    typer.echo()
+    try:
+        made = loaded.stream(
+            given,
+            on_text=_echo,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+    finally:
+        typer.echo()
     Console(stderr=True).print(made.summary(), style="dim")
 
 
