@@ -15,7 +15,13 @@ from tests.train import tiny
 import nsa_command
 from nsa import cli
 
-SCRIPT = "from nsa_command import main; main()"
+# Where the tests run in the background, Ctrl-C is ignored from the start.
+SCRIPT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from nsa_command import main
+main()
+"""
 
 
 def start(*command: str, **options: object) -> subprocess.Popen[str]:
