@@ -9,7 +9,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS ?=
 VENV := .venv
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
 INPUTS := pyproject.toml constraints/cpu.txt
 
 .PHONY: demo test venv clean

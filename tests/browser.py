@@ -50,6 +50,29 @@ class Browser:
         """Console messages since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
+    def tab_through(self) -> list[str]:
+        """Presses Tab from the top of the page to its end; the part or name of what is reached.
+
+        Each control must say what it is and lie within the width of the window.
+        """
+        from selenium.webdriver.common.action_chains import ActionChains
+        from selenium.webdriver.common.keys import Keys
+
+        self.js("document.body.tabIndex = -1; document.body.focus()")
+        reached: list[str] = []
+        for _ in range(40):
+            ActionChains(self.driver).send_keys(Keys.TAB).perform()
+            element = self.driver.switch_to.active_element
+            if element.tag_name == "body":
+                return reached
+            reached.append(element.get_attribute("data-part") or element.get_attribute("name"))
+            assert element.accessible_name, element.get_attribute("outerHTML")[:200]
+            left, right, width = self.js("""
+                const box = document.activeElement.getBoundingClientRect();
+                return [box.left, box.right, window.innerWidth]""")
+            assert 0 <= left < right <= width, f"{reached[-1]}: from {left} to {right} of {width}"
+        raise AssertionError(f"Tab does not leave the page: {reached}")
+
     def overflow(self) -> int:
         """CSS pixels by which the page is wider than the window."""
         return self.js("return document.documentElement.scrollWidth - window.innerWidth")

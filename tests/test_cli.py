@@ -37,6 +37,9 @@ class FakeModel:
         on_text("words")
         return Generation("two words", 3, 2, 0.5)
 
+    def room(self, prompt, max_new_tokens):
+        return max(0, 40 - len(prompt))
+
 
 @pytest.fixture
 def model(monkeypatch):
@@ -90,6 +93,26 @@ def test_chat_answers_until_an_empty_line(monkeypatch, capsys, model):
     assert capsys.readouterr().out == "two words\ntwo words\n"
 
 
+def test_chat_goes_on_after_a_message_that_does_not_fit(monkeypatch, capsys, model):
+    lines = iter(["Hello", "x" * 100, "Again", "And " * 6, ""])
+    stream = model.stream
+
+    def refuse_long(prompt, **options):
+        if not model.room(prompt, None):
+            raise ValueError("prompt: too long. Shorten it.")
+        return stream(prompt, **options)
+
+    monkeypatch.setattr(model, "stream", refuse_long)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert run(monkeypatch, "chat", "--model", "m") == 0
+    # Of 40 characters the last message leaves 16 alone and 4 after what was said before it.
+    last = "And And And And And And\n"
+    assert [prompt for prompt, _ in model.asked] == ["Hello\n", "Hello\ntwo words\nAgain\n", last]
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.count("Error: prompt: too long. Shorten it.") == 1
+    assert "it has forgotten the oldest part (2 of your messages so far)" in shown
+
+
 def test_chat_ends_with_the_input(monkeypatch, model):
     def end(_):
         raise EOFError
@@ -121,6 +144,16 @@ BAD = [
     pytest.param(
         ["env", "--device", "cuda:99"], "--device: got 'cuda:99', but PyTorch sees", id="no-device"
     ),
+    pytest.param(
+        ["env", "--device", "meta"],
+        "--device: got 'meta', which PyTorch cannot use here",
+        id="no-values-on-the-device",
+    ),
+    pytest.param(
+        ["generate", "--model", "m", "--prompt-file", "tests"],
+        "tests: Is a directory.",
+        id="folder-for-a-file",
+    ),
     pytest.param(["bench", "ops", "--shape", "big"], "shape: expected one of tiny", id="shape"),
     pytest.param(["bench", "plot", "--results", "/nowhere/r.jsonl"], "/nowhere/r.jsonl", id="plot"),
 ]
@@ -133,6 +166,15 @@ def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, m
     assert error.startswith("Error: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_an_error_does_not_stand_behind_the_prompt(monkeypatch, capfd, model):
+    def refuse(*_, **__):
+        raise ValueError("prompt: too long.")
+
+    monkeypatch.setattr(model, "stream", refuse)
+    assert run(monkeypatch, "generate", "--model", "m", "--prompt", "Once") == 2
+    assert capfd.readouterr() == ("Once\n", "Error: prompt: too long.\n")
 
 
 def test_brackets_in_a_message_are_printed_as_they_are(monkeypatch, capsys):
@@ -181,6 +223,15 @@ def test_ctrl_c_says_so_and_exits_with_130(monkeypatch, capsys, model):
     monkeypatch.setattr(model, "stream", interrupt)
     assert run(monkeypatch, "generate", "--model", "m", "--prompt", "x") == 130
     assert "Interrupted." in capsys.readouterr().err
+
+
+def test_ctrl_c_outside_a_command_says_so_too(monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupt)
+    assert run(monkeypatch) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
 
 
 def test_a_gpu_is_picked_if_there_is_one(monkeypatch):

@@ -127,6 +127,16 @@ def test_the_equation_table_names_what_exists():
                 assert re.search(rf"\b(def|class) {name}\b", source), f"{file}: {function}"
 
 
+def test_the_equation_table_names_every_equation():
+    """Section 3 of the paper numbers its equations from 1 to 12."""
+    text = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+)(?:-(\d+))? \| .* \| (.*) \|$", text, re.MULTILINE)
+    numbers = [n for first, last, _ in rows for n in range(int(first), int(last or first) + 1)]
+    assert numbers == list(range(1, 13))
+    for *_, functions in rows:
+        assert re.search(r"`[\w/]+\.py`: `\w+", functions), functions
+
+
 def test_budgets_of_the_linters_are_ours():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert "line-length = 100" in text

@@ -37,7 +37,7 @@ Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the li
 TopP = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="Samples from the likeliest tokens of this mass.")
 ]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Makes sampling repeatable.")]
 
 
 def main() -> None:
@@ -52,13 +52,20 @@ def main() -> None:
         ours = isinstance(error, ImportError) and "pip install" not in str(error)
         if ours or sys.flags.dev_mode:
             raise
-        message = str(error) or type(error).__name__
-        console.print("Error:", message, style="red", markup=False, soft_wrap=True)
+        _print_error(console, error)
         sys.exit(2)
-    except SystemExit as leaving:
-        if leaving.code == 130:
-            console.print("Interrupted.", style="yellow")
-        raise
+    except (SystemExit, KeyboardInterrupt) as leaving:
+        if isinstance(leaving, SystemExit) and leaving.code != 130:
+            raise
+        console.print("Interrupted.", style="yellow")
+        sys.exit(130)
+
+
+def _print_error(console: Console, error: Exception) -> None:
+    message = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}."
+    console.print("Error:", message, style="red", markup=False, soft_wrap=True)
 
 
 def _version(wanted: bool) -> None:
@@ -96,15 +103,17 @@ def generate(
     assert given is not None
     loaded = text.load(model, device=pick_device(device))
     typer.echo(given, nl=False)
-    made = loaded.stream(
-        given,
-        on_text=_echo,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
-    typer.echo()
+    try:
+        made = loaded.stream(
+            given,
+            on_text=_echo,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+    finally:
+        typer.echo()
     Console(stderr=True).print(made.summary(), style="dim")
 
 
@@ -124,16 +133,27 @@ def chat(
     console = Console(stderr=True)
     console.print(talk.introduction(), style="dim")
     while message := _ask():
-        made = talk.reply(
-            message,
-            on_text=_echo,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )
+        forgotten = talk.num_forgotten
+        try:
+            made = talk.reply(
+                message,
+                on_text=_echo,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+            )
+        except ValueError as error:
+            _print_error(console, error)
+            continue
         typer.echo()
         console.print(made.summary(), style="dim")
+        if talk.num_forgotten > forgotten:
+            console.print(
+                "The conversation is longer than what the model can read; it has forgotten the "
+                f"oldest part ({talk.num_forgotten} of your messages so far).",
+                style="yellow",
+            )
 
 
 def _ask() -> str:
@@ -227,7 +247,8 @@ def inspect(
     text: Annotated[Path, typer.Option(help="UTF-8 file the model reads, from its start.")],
     output: Annotated[Path, typer.Option(help="The page to write, .html.")],
     twin: Annotated[
-        Path | None, typer.Option(help="Folder of the dense twin, to compare with its attention.")
+        Path | None,
+        typer.Option(help="Folder of the dense twin or source, to compare with its attention."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at most.")] = 1024,
     layer: Annotated[
@@ -334,13 +355,19 @@ def needle_data(
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the demo.")] = Path("runs/demo"),
 ) -> None:
-    """Train a small NSA model and its dense twin on a book, and report; minutes on a CPU."""
-    from nsa.demo import DemoStopped, run_demo
+    """Train a small NSA model and its dense twin on a book, and report; minutes on a CPU.
+
+    Exit code 1 if the sparse model did not learn.
+    """
+    from nsa.demo import DemoDidNotLearn, DemoStopped, run_demo
 
     try:
         run_demo(output, console=Console(highlight=False))
     except DemoStopped as stopped:
         raise typer.Exit(128 + stopped.signal_number) from None
+    except DemoDidNotLearn as failure:
+        _print_error(Console(stderr=True, highlight=False), failure)
+        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

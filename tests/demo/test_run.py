@@ -7,6 +7,7 @@ import math
 import re
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from nsa import cli
 from nsa.config import NSAConfig
-from nsa.demo import DemoSettings, DemoStopped, run_demo
+from nsa.demo import DemoDidNotLearn, DemoSettings, DemoStopped, run_demo
 from nsa.demo import run as demo_run
 from nsa.demo.run import unigram_entropy
 from nsa.train.checkpoint import CheckpointError
@@ -42,6 +43,7 @@ SMALL = DemoSettings(
     train_chars=20_000,
     held_out_chars=3_000,
     sample_tokens=8,
+    min_gain=None,
 )
 
 
@@ -171,9 +173,31 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path, monkeypatch):
 
 
 def test_other_settings_do_not_overwrite_a_demo(done):
-    other = DemoSettings(**{f: getattr(SMALL, f) for f in SMALL.__slots__} | {"num_layers": 1})
+    other = replace(SMALL, num_layers=1)
     with pytest.raises(ValueError, match=r"num_hidden_layers \(was 2, is 1\)"):
         run_demo(done[0], settings=other, console=Console(file=io.StringIO()))
+
+
+def test_a_model_that_did_not_learn_is_a_failure_with_a_report(done):
+    folder, screen = done
+    assert "The sparse model: its held-out loss of" in screen
+    (folder / "report.html").unlink()
+    asked = replace(SMALL, min_gain=1.0)
+    with pytest.raises(DemoDidNotLearn, match=r"did not learn: .*expected at least 1\.000 under"):
+        run_demo(folder, settings=asked, console=Console(file=io.StringIO()))
+    assert "The sparse model did not learn" in (folder / "report.html").read_text(encoding="utf-8")
+    run(folder)
+    assert DemoSettings().min_gain == 1.0
+
+
+def test_command_fails_if_the_model_did_not_learn(monkeypatch):
+    def fail(folder, console):
+        raise DemoDidNotLearn("The sparse model did not learn.")
+
+    monkeypatch.setattr("nsa.demo.run_demo", fail)
+    failed = CliRunner().invoke(cli.app, ["demo"])
+    assert failed.exit_code == 1
+    assert failed.stderr == "Error: The sparse model did not learn.\n"
 
 
 def test_unigram_entropy_of_known_counts():

@@ -78,6 +78,15 @@ def test_no_file_is_left_by_a_failure(folders, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_twin_of_another_vocabulary_is_named(folders, tokenizer, tmp_path):
+    make_model("dense", vocab_size=300).save_pretrained(tmp_path / "twin")
+    tokenizer.save_pretrained(tmp_path / "twin")
+    with pytest.raises(ValueError, match=r"twin: expected .* of 270 tokens, got 300"):
+        inspect_text(
+            folders["nsa"], folders["text"], tmp_path / "p.html", device=CPU, twin=tmp_path / "twin"
+        )
+
+
 def test_empty_text_is_named(folders, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n", encoding="utf-8")

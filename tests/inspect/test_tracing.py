@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 import torch
 from tests.inspect.sample import CONFIG
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+)
 
-from nsa.inspect import trace
-from nsa.models import NSAForCausalLM, NSAModelConfig
+from nsa.inspect import Trace, trace
+from nsa.models import NSAForCausalLM, NSAModelConfig, convert_from_dense
 
 GEOMETRY = {
     name: getattr(CONFIG, name)
@@ -20,18 +27,21 @@ GEOMETRY = {
 }
 
 
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+WINDOWED = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=9, max_window_layers=1)
+
+
 def make_model(attention: str = "nsa", **changes: object) -> NSAForCausalLM:
     torch.manual_seed(0)
-    sizes: dict[str, object] = {
-        "vocab_size": 60,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-    }
-    return NSAForCausalLM(NSAModelConfig(attention=attention, **GEOMETRY, **{**sizes, **changes}))
+    return NSAForCausalLM(NSAModelConfig(attention=attention, **GEOMETRY, **{**SIZES, **changes}))
 
 
 @pytest.fixture
@@ -100,11 +110,46 @@ def test_twin_attention_is_the_one_its_layers_compute(ids):
         patch.setattr("nsa.layers.dense_attention.scaled_dot_product_attention", spy)
         twin(input_ids=ids[None], use_cache=False)
     mass = captured["mass"][0].transpose(0, 1)
-    blocks = torch.from_numpy(looked.layers[0].block_indices).long()
-    position, token = torch.arange(90), torch.arange(90)[:, None, None]
-    read = (position // 8 == blocks[..., None]).any(2) | (position > token - CONFIG.window_size)
-    expected = (mass * (read & (position <= token))).sum(-1)
+    expected = (mass * read_mask(looked)).sum(-1)
     np.testing.assert_allclose(looked.layers[0].twin_recall, expected, atol=1e-5)
+
+
+def read_mask(looked: Trace) -> torch.Tensor:
+    """Tokens that the first layer's queries read, bool ``[T, K, T]``, from the definition."""
+    blocks = torch.from_numpy(looked.layers[0].block_indices).long()
+    position = torch.arange(looked.num_tokens)
+    token = position[:, None, None]
+    chosen = (position // CONFIG.block_size == blocks[..., None]).any(2)
+    return (chosen | (position > token - CONFIG.window_size)) & (position <= token)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes"),
+    [
+        pytest.param(LlamaConfig, {"attention_bias": True}, id="llama"),
+        pytest.param(Qwen2Config, {}, id="qwen2"),
+        pytest.param(Qwen3Config, {"head_dim": 24}, id="qwen3"),
+    ],
+)
+def test_twin_may_be_the_source_of_a_conversion(ids, config_class, changes):
+    """Recall of its attention is what transformers' own matrices say."""
+    torch.manual_seed(0)
+    config = config_class(**SIZES, **changes, attn_implementation="eager")
+    source = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, weight in source.named_parameters():
+            # Norms and biases that matter, and attention that is far from even.
+            weight.normal_(std=0.5 if weight.dim() == 1 or ".self_attn." in name else 0.1)
+    model, _ = convert_from_dense(source, config=CONFIG)
+    looked = trace(model, ids, twin=source)
+    with torch.no_grad():
+        masses = source(input_ids=ids[None], output_attentions=True).attentions
+    mass = masses[0][0].unflatten(0, (2, 2)).mean(1).transpose(0, 1)
+    expected = (mass * read_mask(looked)).sum(-1)
+    assert expected.min() < 0.8
+    np.testing.assert_allclose(looked.layers[0].twin_recall, expected, atol=1e-5)
+    # A converted model starts with the attention of its source.
+    np.testing.assert_allclose(looked.layers[0].recall, expected, atol=1e-5)
 
 
 def test_layers_limit_what_is_measured(ids):
@@ -152,6 +197,11 @@ def test_averages_leave_out_queries_that_read_everything(ids):
             lambda m: trace(m, [1, 2], twin=m),
             "twin: expected a model with attention='dense'",
             id="sparse-twin",
+        ),
+        pytest.param(
+            lambda m: trace(m, [1, 2], twin=Qwen2ForCausalLM(WINDOWED)),
+            "twin: expected full attention in every layer, got a sliding window of 9 in layer 1",
+            id="windowed-twin",
         ),
         pytest.param(
             lambda m: trace(m, [1, 2], twin=make_model("dense", num_hidden_layers=1)),

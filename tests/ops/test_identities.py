@@ -8,18 +8,29 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import oracle
-from tests.cases import NSA_INPUTS, Case, check_select_blocks, compare, random_blocks
+from tests.cases import (
+    KINDS,
+    NSA_INPUTS,
+    Case,
+    check_compress_kv,
+    check_select_blocks,
+    compare,
+    compressor_weights,
+    random_blocks,
+)
 from tests.tolerance import assert_close_to_oracle
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from nsa.config import NSAConfig
 from nsa.ops import (
+    CompressorWeights,
     compress_kv,
     compressed_attention,
     nsa_attention,
@@ -34,8 +45,10 @@ CASES_OF: dict[str, int] = {}
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """A geometry that NSAConfig accepts, head counts, dims, one to three lengths."""
+def cases(
+    draw: st.DrawFn, *, packed: bool = False, min_length: int = 0, min_selected: int = 1
+) -> Case:
+    """A geometry that NSAConfig accepts, head counts, dims; one to three lengths if packed."""
     stride = draw(st.integers(1, 3))
     per_window = draw(st.integers(1, 3))
     init, local = draw(st.integers(0, 2)), draw(st.integers(0, 2))
@@ -43,15 +56,16 @@ def cases(draw: st.DrawFn) -> Case:
         compress_block_size=stride * per_window,
         compress_stride=stride,
         block_size=stride * draw(st.integers(per_window, 4)),
-        num_selected_blocks=max(1, init + local + draw(st.integers(0, 2))),
+        num_selected_blocks=max(min_selected, init + local + draw(st.integers(0, 2))),
         num_init_blocks=init,
         num_local_blocks=local,
         window_size=draw(st.integers(1, 9)),
     )
+    lengths = st.lists(st.integers(min_length, 20), min_size=1, max_size=3 if packed else 1)
     return Case(
         name="",
-        lengths=tuple(draw(st.lists(st.integers(0, 20), min_size=1, max_size=3))),
-        packed=True,
+        lengths=tuple(draw(lengths)),
+        packed=packed,
         group=draw(st.sampled_from([1, 2, 3, 4, 8])),
         kv_heads=draw(st.integers(1, 2)),
         dk=draw(st.integers(1, 5)),
@@ -61,20 +75,28 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def identity(num_cases: int) -> Callable[[Callable[[Case], None]], Callable[[], None]]:
-    """Makes a test of a check, which fails unless it ran ``num_cases`` generated cases."""
+PACKED = cases(packed=True)
+SINGLE = cases()
 
-    def decorate(check: Callable[[Case], None]) -> Callable[[], None]:
+
+def identity(
+    num_cases: int, *drawn: st.SearchStrategy[Any]
+) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    """Makes a test of a check, which fails unless it ran ``num_cases`` generated cases.
+
+    What is drawn leaves the check something to compare: a check never returns early.
+    """
+
+    def decorate(check: Callable[..., None]) -> Callable[[], None]:
         CASES_OF[check.__name__] = num_cases
         ran = 0
 
-        @functools.wraps(check)
-        def counted(case: Case) -> None:
+        def counted(values: tuple[Any, ...]) -> None:
             nonlocal ran
-            check(case)
+            check(*values)
             ran += 1
 
-        run = settings(max_examples=num_cases)(given(cases())(counted))
+        run = settings(max_examples=num_cases)(given(st.tuples(*drawn))(counted))
 
         def test() -> None:
             run()
@@ -91,11 +113,6 @@ def test_the_identities_generate_enough_cases():
     assert sum(CASES_OF.values()) >= MIN_CASES, CASES_OF
 
 
-def _single(case: Case) -> Case:
-    """The first sequence of the case, as a batch of one."""
-    return replace(case, lengths=case.lengths[:1], packed=False)
-
-
 def _float32(case: Case) -> dict[str, Tensor]:
     return {name: x.float() for name, x in case.tensors().items()}
 
@@ -105,19 +122,21 @@ def _dense_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     if q.shape[1] == 0:
-        return q.new_zeros(*q.shape[:3], v.shape[-1])
+        return v
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
 
 
-def _assert_dense(out: Tensor, case: Case, branch: str) -> None:
-    names = ("q", f"k_{branch}", f"v_{branch}")
-    wide, narrow = case.tensors(), _float32(case)
-    assert_close_to_oracle(
-        out,
-        _dense_causal(*[wide[name] for name in names], case.scale()),
-        _dense_causal(*[narrow[name] for name in names], case.scale()),
-    )
+def _weights(case: Case, kind: str, side: str) -> CompressorWeights:
+    made = compressor_weights(case, kind, side)
+    return CompressorWeights(**{name[2:]: x.float() for name, x in made.items()})
+
+
+def _check_dense(attend: Callable[..., Tensor], case: Case, branch: str) -> None:
+    """Values and gradients of ``attend(q, k, v)`` are those of PyTorch's attention."""
+    tensors = {name: case.tensors()[name] for name in ("q", f"k_{branch}", f"v_{branch}")}
+    truth = functools.partial(_dense_causal, scale=case.scale())
+    compare(attend, truth, tensors, dtype=torch.float32, seed=case.seed)
 
 
 def _choose(case: Case, tensors: dict[str, Tensor], **options) -> Tensor:
@@ -139,36 +158,24 @@ def _attend(case: Case, tensors: dict[str, Tensor], **options) -> Tensor:
     )
 
 
-@identity(250)
+@identity(250, SINGLE)
 def test_all_blocks_selected_is_dense_causal(case):
-    case = _single(case)
-    length = case.lengths[0]
-    enough = max(case.config.num_selected_blocks, case.config.num_blocks(length))
+    enough = max(case.config.num_selected_blocks, case.config.num_blocks(case.lengths[0]))
     case = replace(case, config=replace(case.config, num_selected_blocks=enough))
-    tensors = _float32(case)
-    blocks = _choose(case, tensors, softmax_scale=case.scale())
-    out = selected_attention(
-        *[tensors[name] for name in ("q", "k_slc", "v_slc")],
-        blocks,
-        block_size=case.config.block_size,
-        softmax_scale=case.scale(),
-    )
-    _assert_dense(out, case, "slc")
+    blocks = _choose(case, _float32(case), softmax_scale=case.scale())
+    size = case.config.block_size
+    attend = functools.partial(selected_attention, block_size=size, softmax_scale=case.scale())
+    _check_dense(lambda q, k, v: attend(q, k, v, blocks), case, "slc")
 
 
-@identity(200)
+@identity(200, SINGLE)
 def test_a_window_as_long_as_the_sequence_is_dense_causal(case):
-    case = _single(case)
-    tensors = _float32(case)
-    out = window_attention(
-        *[tensors[name] for name in ("q", "k_win", "v_win")],
-        window_size=max(1, case.lengths[0] + case.config.window_size - 1),
-        softmax_scale=case.scale(),
-    )
-    _assert_dense(out, case, "win")
+    enough = max(1, case.lengths[0] + case.config.window_size - 1)
+    attend = functools.partial(window_attention, window_size=enough, softmax_scale=case.scale())
+    _check_dense(attend, case, "win")
 
 
-@identity(200)
+@identity(200, PACKED)
 def test_a_one_hot_gate_is_that_branch(case):
     tensors, where = _float32(case), case.where()
     q = tensors["q"]
@@ -197,7 +204,7 @@ def test_a_one_hot_gate_is_that_branch(case):
         assert torch.equal(_attend(case, tensors), branch), f"branch {c}"
 
 
-@identity(200)
+@identity(200, PACKED)
 def test_packed_sequences_are_separate_sequences(case):
     """Values and all gradients."""
 
@@ -218,13 +225,9 @@ def test_packed_sequences_are_separate_sequences(case):
     compare(separate, packed, case.tensors(), dtype=torch.float32, seed=case.seed)
 
 
-@identity(250)
+@identity(250, cases(min_length=1))
 def test_a_decoding_step_is_a_row_of_prefill(case):
-    case = _single(case)
-    length = case.lengths[0]
-    if length == 0:
-        return
-    t = case.seed % length
+    t = case.seed % case.lengths[0]
     narrow = _float32(case)
 
     def one_row(tensors: dict[str, Tensor]) -> list[Tensor]:
@@ -242,14 +245,11 @@ def test_a_decoding_step_is_a_row_of_prefill(case):
         assert_close_to_oracle(rows, truth, same)
 
 
-@identity(300)
-def test_a_token_changes_nothing_before_it(case):
+@identity(300, cases(min_length=2), st.sampled_from(KINDS))
+def test_a_token_changes_nothing_before_it(case, kind):
     """Through compression too: rows before the changed token are bit-identical."""
-    case = _single(case)
-    length = case.lengths[0]
-    if length == 0:
-        return
-    t = case.seed % length
+    t = 1 + case.seed % (case.lengths[0] - 1)
+    phi = [_weights(case, kind, side) for side in "kv"]
     before = _float32(case)
     after = {name: x.clone() for name, x in before.items()}
     for name in ("q", "gates", "k_slc", "v_slc", "k_win", "v_win"):
@@ -259,7 +259,8 @@ def test_a_token_changes_nothing_before_it(case):
         tensors["k_cmp"], tensors["v_cmp"] = compress_kv(
             tensors["k_slc"],
             tensors["v_slc"],
-            kind="mean",
+            *phi,
+            kind=kind,
             compress_block_size=case.config.compress_block_size,
             compress_stride=case.config.compress_stride,
         )
@@ -267,7 +268,7 @@ def test_a_token_changes_nothing_before_it(case):
     assert torch.equal(outputs[0][:, :t], outputs[1][:, :t])
 
 
-@identity(200)
+@identity(200, cases(packed=True, min_length=1, min_selected=2))
 def test_the_order_of_a_block_list_does_not_matter(case):
     tensors, blocks = _float32(case), random_blocks(case)
     generator = torch.Generator().manual_seed(case.seed)
@@ -284,15 +285,14 @@ def test_the_order_of_a_block_list_does_not_matter(case):
     assert torch.equal(attend(blocks[..., order].contiguous()), attend(blocks))
 
 
-@identity(200)
+@identity(200, PACKED)
 def test_the_choice_is_the_oracles(case):
     check_select_blocks(select_blocks, replace(case, dtype=torch.float64))
 
 
-@identity(200)
+@identity(200, cases(min_length=1))
 def test_the_choice_obeys_its_rules(case):
     """Ascending, -1 at the end, no future block, forced ones in, as many as there can be."""
-    case = _single(case)
     blocks = _choose(case, _float32(case), softmax_scale=case.scale())
     config = case.config
     for t, heads in enumerate(blocks[0].tolist()):
@@ -307,7 +307,7 @@ def test_the_choice_obeys_its_rules(case):
             assert forced <= set(used) <= set(range(own + 1))
 
 
-@identity(150)
+@identity(150, PACKED)
 def test_equal_values_come_out_unchanged(case):
     """Weights sum to 1 wherever anything is visible, to 0 elsewhere."""
     tensors, where = _float32(case), case.where()
@@ -326,7 +326,13 @@ def test_equal_values_come_out_unchanged(case):
     torch.testing.assert_close(o_cmp, expected, rtol=1e-6, atol=0)
 
 
-@identity(60)
+@identity(100, PACKED, st.sampled_from(KINDS))
+def test_every_phi_is_the_oracles(case, kind):
+    """Values, gradients of the tokens and of all weights."""
+    check_compress_kv(compress_kv, replace(case, dtype=torch.float32), kind)
+
+
+@identity(60, PACKED)
 def test_the_whole_is_the_oracles(case):
     wide = case.tensors()
     blocks = _choose(case, wide, **case.where())

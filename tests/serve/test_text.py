@@ -136,7 +136,6 @@ def test_chat_without_a_template_continues_one_transcript(loaded):
     talk = Chat(loaded=loaded)
     assert "no chat template" in talk.introduction()
     first = talk.reply("Hello", on_text=lambda _: None, max_new_tokens=4, temperature=0)
-    assert talk.transcript == f"Hello\n{first.text}\n"
     second = talk.reply("You", on_text=lambda _: None, max_new_tokens=4, temperature=0)
     prompt = f"Hello\n{first.text}\nYou\n"
     assert second.text == stream(loaded, prompt, max_new_tokens=4, temperature=0)[0].text
@@ -157,10 +156,32 @@ def test_chat_with_a_template_keeps_roles(loaded):
 def test_a_message_that_fails_leaves_the_conversation_as_it_was(loaded, template):
     talk = Chat(loaded=TextModel(model=loaded.model, tokenizer=byte_tokenizer(template)))
     talk.reply("Hi", on_text=lambda _: None, max_new_tokens=2, temperature=0)
-    before = (list(talk.messages), talk.transcript)
+    before = list(talk.messages)
     with pytest.raises(ValueError, match="Shorten the prompt"):
         talk.reply("x" * 100, on_text=lambda _: None)
-    assert (talk.messages, talk.transcript) == before
+    assert (talk.messages, talk.num_forgotten) == (before, 0)
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE], ids=["transcript", "template"])
+@pytest.mark.parametrize("max_new_tokens", [None, 20])
+def test_a_full_conversation_forgets_its_oldest_turns(loaded, template, max_new_tokens):
+    talk = Chat(loaded=TextModel(model=loaded.model, tokenizer=byte_tokenizer(template)))
+    options = {"max_new_tokens": max_new_tokens, "temperature": 0}
+    made = []
+    for word in ("one", "two", "three", "four"):
+        made.append(talk.reply(f"Say {word}", on_text=lambda _: None, **options))
+        # Without any history the answer to "Say three" has 64 - 16 positions.
+        assert made[-1].num_new_tokens >= (max_new_tokens or (POSITIONS - 16) // 2)
+    assert 0 < talk.num_forgotten < 4
+    kept = ["one", "two", "three", "four"][talk.num_forgotten :]
+    assert [m["content"] for m in talk.messages[::2]] == [f"Say {word}" for word in kept]
+    assert talk.messages[-1] == {"role": "assistant", "content": made[-1].text}
+
+
+def test_room_is_what_stream_makes_at_most(loaded):
+    assert loaded.room("The sea") == loaded.room(list(range(7))) == POSITIONS - 7
+    assert loaded.room("The sea", 5) == 5
+    assert loaded.room("x" * POSITIONS) == loaded.room("x" * 60, 5) == loaded.room("") == 0
 
 
 def test_load_puts_a_saved_model_on_the_device_ready_to_generate(loaded, tmp_path):

@@ -25,7 +25,7 @@ def pick_device(name: str | None) -> torch.device:
     """``name`` as a device that is there; a GPU if there is one, else the CPU, if None.
 
     Raises:
-        ValueError: PyTorch does not know the name or does not see the device.
+        ValueError: PyTorch does not know the name, or does not see or cannot use the device.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,6 +36,11 @@ def pick_device(name: str | None) -> torch.device:
     seen = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= seen:
         raise ValueError(f"--device: got {name!r}, but PyTorch sees {seen} CUDA devices here.")
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"--device: got {name!r}, which PyTorch cannot use here.") from error
     return device
 
 

@@ -67,6 +67,32 @@ class Report:
     trace: Trace
     pieces: Sequence[str]
 
+    @property
+    def gain(self) -> float:
+        """Nats by which the sparse model's loss is under the unigram entropy."""
+        return self.unigram_entropy - self.twins[0].validation.loss
+
+    @property
+    def learned(self) -> bool:
+        """Whether that is as much as the settings ask for."""
+        return self.settings.min_gain is None or self.gain >= self.settings.min_gain
+
+
+def verdict(report: Report) -> str:
+    """One sentence: whether the sparse model learned, if that is asked, and the numbers."""
+    side = "over" if report.gain < 0 else "under"
+    said = (
+        f"its held-out loss of {report.twins[0].validation.loss:.3f} nats per token is "
+        f"{abs(report.gain):.3f} {side} the unigram entropy of {report.unigram_entropy:.3f}, which "
+        "knowing no more than how often each token occurs would leave"
+    )
+    least = report.settings.min_gain
+    if least is None:
+        return f"The sparse model: {said}."
+    if report.learned:
+        return f"The sparse model learned: {said}."
+    return f"The sparse model did not learn: {said}; expected at least {least:.3f} under it."
+
 
 def report_html(report: Report) -> str:
     """The page."""
@@ -89,7 +115,6 @@ def report_html(report: Report) -> str:
 def _header(report: Report) -> str:
     nsa, dense = report.twins
     gap = nsa.validation.loss - dense.validation.loss
-    below = report.unigram_entropy - nsa.validation.loss
     relation = "behind" if gap > 0 else "ahead of"
     tiles = [
         *(
@@ -102,7 +127,11 @@ def _header(report: Report) -> str:
             for twin in report.twins
         ),
         _tile("Gap, NSA minus dense", f"{gap:+.3f}", "nats per token, lower is better"),
-        _tile("Below the unigram entropy", f"{below:.3f}", f"of {report.unigram_entropy:.3f} nats"),
+        _tile(
+            "Below the unigram entropy",
+            f"{report.gain:.3f}",
+            f"of {report.unigram_entropy:.3f} nats",
+        ),
     ]
     return (
         "<header><h1>A sparse model and its dense twin</h1>"
@@ -110,6 +139,7 @@ def _header(report: Report) -> str:
         "text in the same order, one setting apart. On chapters that neither has "
         f"seen, the one with Native Sparse Attention is <b>{abs(gap):.3f} nats per token</b> "
         f"{relation} the one with dense attention.</p>"
+        f'<p class="facts">{html.escape(verdict(report))}</p>'
         f'<p class="facts">Trained by <code>nsa demo</code> on this machine. The losses are means '
         f"over {nsa.validation.num_tokens:,} held-out tokens.</p>"
         f'<dl class="numbers">{"".join(tiles)}</dl></header>'

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nsa.bench.environment import provenance
-from nsa.demo.report import Report, TwinReport, report_html
+from nsa.demo.report import Report, TwinReport, report_html, verdict
 from nsa.demo.settings import (
     BOOK_TITLE,
     TWINS,
@@ -49,6 +49,10 @@ class DemoStopped(Exception):
         self.signal_number = signal_number
 
 
+class DemoDidNotLearn(Exception):
+    """Everything ran, but the sparse model's loss is not what a model that learned would have."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Trained:
     """One twin after training."""
@@ -74,6 +78,8 @@ def run_demo(
         The report, ``folder / "report.html"``. Its numbers are in ``results.json`` beside it.
 
     Raises:
+        DemoDidNotLearn: the loss is not ``settings.min_gain`` under the unigram entropy; the report
+            is written nevertheless.
         DemoStopped: Ctrl-C or SIGTERM during a training, after its checkpoint was written.
         ValueError: ``folder`` holds a demo of other settings.
         CheckpointError: a checkpoint cannot be written, for want of space say.
@@ -142,12 +148,22 @@ def _demo(folder: Path, settings: DemoSettings, console: Console) -> Path:
         trace=looked,
         pieces=pieces,
     )
-    path = folder / "report.html"
+    return _conclude(report, folder, trained["nsa"].loaded.model.device, console)
+
+
+def _conclude(report: Report, folder: Path, device: torch.device, console: Console) -> Path:
+    """Writes the report and its numbers, and says whether the sparse model learned."""
+    path, numbers = folder / "report.html", folder / "results.json"
     write_text(path, report_html(report))
-    device = trained["nsa"].loaded.model.device
-    write_text(folder / "results.json", json.dumps(summary(report) | provenance(device)) + "\n")
+    write_text(numbers, json.dumps(summary(report) | provenance(device)) + "\n")
+    if not report.learned:
+        raise DemoDidNotLearn(
+            f"{verdict(report)} See {path}. Remove {folder} to train anew; if that ends like this "
+            f"too, please report it with {numbers}."
+        )
     console.print(
-        f"\nReport: {path.resolve()} (open it in a browser; it needs no network)\n"
+        f"\n{verdict(report)}\n"
+        f"Report: {path.resolve()} (open it in a browser; it needs no network)\n"
         f'Try: {_command()} generate --model {folder / "nsa" / "model"} --prompt "The whale"',
         style="bold",
         markup=False,

@@ -38,6 +38,8 @@ class DemoSettings:
             if None.
         held_out_chars: how much of the held-out part is read; all if None.
         sample_tokens: tokens of each sample.
+        min_gain: nats by which the sparse model's held-out loss must end under the unigram entropy,
+            so that the demo shows a model that learned; anything passes if None.
     """
 
     geometry: NSAConfig = field(default_factory=NSAConfig.tiny)
@@ -54,6 +56,7 @@ class DemoSettings:
     train_chars: int | None = None
     held_out_chars: int | None = None
     sample_tokens: int = 160
+    min_gain: float | None = 1.0
 
     def train_config(self, attention: str, folder: Path) -> TrainConfig:
         """The run of one twin in ``folder / attention``; both have the same data and seed."""

@@ -33,7 +33,8 @@ def inspect_text(
         text: UTF-8 file.
         output: the page; replaced as a whole.
         device: where the model runs.
-        twin: folder of the dense twin, to measure which share of its attention is kept.
+        twin: folder of the dense twin, or of the dense model that ``model`` was converted from, to
+            measure which share of its attention is kept.
         max_tokens: how much of the text is read, from its start. The page grows with its square.
         layers: which layers are shown, all if None.
 
@@ -53,6 +54,12 @@ def inspect_text(
         raise ValueError(f"{text}: expected some text, found none.")
     loaded = text_models.load(model, device=device)
     other = None if twin is None else text_models.load(twin, device=device).model
+    vocab_size = loaded.model.config.vocab_size
+    if other is not None and other.config.vocab_size != vocab_size:
+        raise ValueError(
+            f"twin: expected the model's vocabulary of {vocab_size} tokens, got "
+            f"{other.config.vocab_size}. Pass a dense model that reads the same tokens."
+        )
     limit = min(max_tokens, loaded.model.config.max_position_embeddings)
     ids, pieces = tokenize(loaded.tokenizer, written, limit)
     looked = trace(loaded.model, ids, twin=other, layers=layers)

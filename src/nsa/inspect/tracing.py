@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from nsa.config import NSAConfig
 from nsa.inspect.measure import LayerTrace, measure_layer
 from nsa.layers import DenseAttention, NativeSparseAttention
+from nsa.layers.rotary import rotate
 
-Attention = TypeVar("Attention", bound=nn.Module)
+# The models that `nsa convert` reads, so that a converted one is compared with its source.
+_DENSE = (DenseAttention, LlamaAttention, Qwen2Attention, Qwen3Attention)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +75,9 @@ def trace(
         model: an ``NSAForCausalLM``, or any module whose forward takes ``input_ids [1, T]`` and
             whose layers use ``NativeSparseAttention``.
         input_ids: token ids ``[T]`` or ``[1, T]``.
-        twin: a dense model with as many layers and kv heads, ``attention="dense"``; the trace then
-            says which share of its attention the sparse model's tokens hold.
+        twin: a dense model with as many layers and heads: ``attention="dense"``, or the Llama,
+            Qwen2 or Qwen3 of transformers that ``model`` was converted from; the trace then says
+            which share of its attention the sparse model's tokens hold.
         layers: which layers to measure, all if None.
 
     Returns:
@@ -92,7 +98,7 @@ def trace(
             "input_ids: expected the tokens of one text, [T] or [1, T] with T > 0, got "
             f"{list(torch.as_tensor(input_ids).shape)}. Trace one text at a time."
         )
-    attentions = _attentions(model, NativeSparseAttention, "model", "attention='nsa'")
+    attentions = _attentions(model, (NativeSparseAttention,), "model", "attention='nsa'")
     wanted = range(len(attentions)) if layers is None else layers
     for layer in wanted:
         if not 0 <= layer < len(attentions):
@@ -123,13 +129,13 @@ def trace(
 
 
 def _attentions(
-    model: nn.Module, kind: type[Attention], name: str, setting: str
-) -> list[Attention]:
-    found = [module for module in model.modules() if isinstance(module, kind)]
+    model: nn.Module, kinds: tuple[type[nn.Module], ...], name: str, setting: str
+) -> list[Any]:
+    found = [module for module in model.modules() if isinstance(module, kinds)]
     if not found:
         raise ValueError(
-            f"{name}: expected a model with {setting}, got {type(model).__name__} without any "
-            f"{kind.__name__} layer. Convert or train one."
+            f"{name}: expected a model with {setting}, got {type(model).__name__} without any such "
+            "layer. Convert or train one."
         )
     return found
 
@@ -138,37 +144,60 @@ def _dense_layers(
     twin: nn.Module, ids: Tensor, sparse: Sequence[NativeSparseAttention], wanted: Sequence[int]
 ) -> dict[int, tuple[Tensor, Tensor, float]]:
     """Rotated queries and keys of the twin's layers, and the softmax scale."""
-    attentions = _attentions(twin, DenseAttention, "twin", "attention='dense'")
-    shapes = [
-        (len(found), found[0].num_heads, found[0].num_kv_heads) for found in (sparse, attentions)
-    ]
+    setting = "attention='dense', or a Llama, Qwen2 or Qwen3 of transformers"
+    attentions = _attentions(twin, _DENSE, "twin", setting)
+    shapes = [(len(found), *_heads(found[0])) for found in (sparse, attentions)]
     if shapes[0] != shapes[1]:
         raise ValueError(
             f"twin: expected (layers, heads, kv heads) = {shapes[0]} like the model, got "
             f"{shapes[1]}. Pass the dense twin of this model."
         )
+    for layer, attention in enumerate(attentions):
+        if getattr(attention, "sliding_window", None) is not None:
+            raise ValueError(
+                f"twin: expected full attention in every layer, got a sliding window of "
+                f"{attention.sliding_window} in layer {layer}."
+            )
     found: dict[int, tuple[Tensor, Tensor, float]] = {}
 
-    def keep(layer: int, attention: DenseAttention, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-        q, k = attention.queries_and_keys(x, cos, sin)
+    def keep(layer: int, attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+        q, k = _queries_and_keys(attention, x, cos, sin)
         found[layer] = q, k, q.shape[-1] ** -0.5
 
     _run(twin, ids, {layer: attentions[layer] for layer in wanted}, keep)
     return found
 
 
+def _heads(attention: Any) -> tuple[int, int]:
+    if isinstance(attention, NativeSparseAttention | DenseAttention):
+        return attention.num_heads, attention.num_kv_heads
+    return attention.config.num_attention_heads, attention.config.num_key_value_heads
+
+
+def _queries_and_keys(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(attention, DenseAttention):
+        return attention.queries_and_keys(x, cos, sin)
+    projections = (attention.q_proj, attention.k_proj)
+    q, k = (project(x).unflatten(-1, (-1, attention.head_dim)) for project in projections)
+    if isinstance(attention, Qwen3Attention):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
 def _run(
     model: nn.Module,
     ids: Tensor,
-    attentions: dict[int, Attention],
-    visit: Callable[[int, Attention, Tensor, Tensor, Tensor], None],
+    attentions: Mapping[int, nn.Module],
+    visit: Callable[[int, Any, Tensor, Tensor, Tensor], None],
 ) -> None:
     """One forward pass that calls ``visit`` with what each attention is about to be given."""
 
     def hook_of(layer: int):
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             names = ("hidden_states", "cos", "sin")
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            # transformers has cosines and sines in one argument.
+            given = dict(zip(names[1:], kwargs.get("position_embeddings", ()), strict=False))
+            given |= {**dict(zip(names, args, strict=False)), **kwargs}
             visit(layer, module, *(given[name] for name in names))
 
         return hook

@@ -68,8 +68,7 @@ class TextModel:
         Raises:
             ValueError: the prompt is empty, or prompt and answer do not fit the model's positions.
         """
-        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-        assert isinstance(ids, list)
+        ids = self._ids(prompt)
         limit = self._num_new_tokens(len(ids), max_new_tokens)
         if seed is not None:
             set_seed(seed)
@@ -90,6 +89,19 @@ class TextModel:
         seconds = time.perf_counter() - start
         num_new_tokens = output.shape[1] - len(ids)
         return Generation("".join(streamer.pieces), len(ids), num_new_tokens, seconds)
+
+    def room(self, prompt: str | list[int], max_new_tokens: int | None = None) -> int:
+        """Tokens that ``stream`` makes at most of these arguments; 0 if it refuses them."""
+        try:
+            return self._num_new_tokens(len(self._ids(prompt)), max_new_tokens)
+        except ValueError:
+            return 0
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt
+        ids: Any = self.tokenizer(prompt, verbose=False)["input_ids"]
+        return ids
 
     def _num_new_tokens(self, num_prompt_tokens: int, max_new_tokens: int | None) -> int:
         if num_prompt_tokens == 0:
@@ -112,11 +124,17 @@ class TextModel:
 
 @dataclass(kw_only=True, slots=True)
 class Chat:
-    """A conversation: with roles if there is a chat template, else one growing transcript."""
+    """A conversation: with roles if there is a chat template, else one growing transcript.
+
+    Args:
+        loaded: the model.
+        messages: what was said and is still read, by "user" and "assistant" in turn.
+        num_forgotten: oldest turns (a message and its answer) that no longer fit the model.
+    """
 
     loaded: TextModel
     messages: list[dict[str, str]] = field(default_factory=list)
-    transcript: str = ""
+    num_forgotten: int = 0
 
     def introduction(self) -> str:
         """How the model will see what is typed."""
@@ -127,26 +145,36 @@ class Chat:
             "continues the text you type. An empty line ends it."
         )
 
-    def reply(self, message: str, *, on_text: OnText, **sampling: Any) -> Generation:
-        """Answers ``message`` in the light of all earlier ones; see ``TextModel.stream``.
+    def reply(
+        self, message: str, *, on_text: OnText, max_new_tokens: int | None = None, **sampling: Any
+    ) -> Generation:
+        """Answers ``message`` in the light of the earlier ones; see ``TextModel.stream``.
 
-        A message that fails (too long, say) leaves the conversation as it was.
+        The oldest turns are forgotten where they leave the answer less than half the room that it
+        has without them. A message that fails (too long alone, say) leaves the conversation as it
+        was.
         """
-        tokenizer = self.loaded.tokenizer
-        if tokenizer.chat_template:
-            messages = [*self.messages, {"role": "user", "content": message}]
-            prompt = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
-            # The template has written the special tokens already.
-            ids = tokenizer(str(prompt), add_special_tokens=False).input_ids
-            made = self.loaded.stream(ids, on_text=on_text, **sampling)
-            self.messages = [*messages, {"role": "assistant", "content": made.text}]
-            return made
-        prompt = f"{self.transcript}{message}\n"
-        made = self.loaded.stream(prompt, on_text=on_text, **sampling)
-        self.transcript = f"{prompt}{made.text}\n"
+        messages = [*self.messages, {"role": "user", "content": message}]
+        alone = self.loaded.room(self._prompt(messages[-1:]), max_new_tokens)
+        while len(messages) > 1:
+            room = self.loaded.room(self._prompt(messages), max_new_tokens)
+            if room > 0 and 2 * room >= alone:
+                break
+            messages = messages[2:]
+        made = self.loaded.stream(
+            self._prompt(messages), on_text=on_text, max_new_tokens=max_new_tokens, **sampling
+        )
+        self.num_forgotten += (len(self.messages) + 1 - len(messages)) // 2
+        self.messages = [*messages, {"role": "assistant", "content": made.text}]
         return made
+
+    def _prompt(self, messages: list[dict[str, str]]) -> str | list[int]:
+        tokenizer = self.loaded.tokenizer
+        if not tokenizer.chat_template:
+            return "".join(f"{message['content']}\n" for message in messages)
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # The template has written the special tokens already.
+        return tokenizer(str(prompt), add_special_tokens=False, verbose=False).input_ids
 
 
 def load(path: str | Path, *, device: torch.device) -> TextModel:
