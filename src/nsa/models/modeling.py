@@ -25,12 +25,19 @@ from nsa.layers import Compressor, DenseAttention, NativeSparseAttention
 from nsa.models.batching import (
     Layout,
     check_positions,
-    find_packing,
     packed_layout,
     padded_layout,
 )
 from nsa.models.configuration import NSAModelConfig
 from nsa.models.hf_cache import NSACacheLayer, nsa_layers
+from nsa.models.inputs import (
+    EMPTY_ROW,
+    check_embeds,
+    check_extras,
+    check_ids,
+    check_labels,
+    packing,
+)
 from nsa.models.rotary import RotaryEmbedding
 
 
@@ -55,26 +62,6 @@ def _attention(config: NSAModelConfig) -> NativeSparseAttention | DenseAttention
         qk_norm_eps=qk_norm_eps,
         bias=config.attention_bias,
     )
-
-
-# What callers of transformers' models pass along, and what needs no action here.
-_ACCEPTED = frozenset(
-    {
-        "cu_seq_lens_k",
-        "cu_seq_lens_q",
-        "max_length_k",
-        "max_length_q",
-        "output_attentions",
-        "token_type_ids",
-    }
-)
-
-
-# With a cache, a row may be padding alone for now: chunks of a left-padded batch begin so.
-_EMPTY_ROW = (
-    "attention_mask: expected a real token in each row, got a row of padding alone. Leave it out, "
-    "or begin it with a start token."
-)
 
 
 class NSADecoderLayer(GradientCheckpointingLayer):
@@ -185,19 +172,19 @@ class NSAModel(NSAPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of every token; see ``NSAForCausalLM.forward`` for the arguments."""
-        _check_extras(kwargs)
+        check_extras(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them.")
         if input_ids is not None:
-            _check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings)
+            check_ids("input_ids", input_ids, self.embed_tokens.num_embeddings)
         if inputs_embeds is not None:
-            _check_embeds(inputs_embeds, self.config.hidden_size)
+            check_embeds(inputs_embeds, self.config.hidden_size)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cu_seqlens = _packing(cu_seqlens, kwargs, position_ids, attention_mask, past_key_values)
+        cu_seqlens = packing(cu_seqlens, kwargs, position_ids, attention_mask, past_key_values)
         cache = self._open_cache(past_key_values, use_cache, cu_seqlens)
         layout = self._lay_out(hidden, attention_mask, position_ids, cache, cu_seqlens)
         if past_key_values is None and 0 in (layout.counts or ()):
-            raise ValueError(_EMPTY_ROW)
+            raise ValueError(EMPTY_ROW)
         rotary = partial(self.rotary_emb, dtype=hidden.dtype)
         cos, sin = rotary(layout.positions)
         hidden = layout.roll(hidden)
@@ -288,71 +275,6 @@ class NSAModel(NSAPreTrainedModel):
         return layout
 
 
-def _packing(
-    cu_seqlens: Tensor | None,
-    kwargs: dict[str, Any],
-    position_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    past_key_values: Cache | None,
-) -> Tensor | None:
-    """Bounds of packed sequences: as given, under transformers' name, or from the positions."""
-    if cu_seqlens is None:
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
-    if cu_seqlens is None and attention_mask is None and past_key_values is None:
-        cu_seqlens = find_packing(position_ids)
-    return cu_seqlens
-
-
-def _check_extras(kwargs: dict[str, Any]) -> None:
-    """Refuses what would otherwise be ignored."""
-    if kwargs.get("output_attentions"):
-        raise ValueError(
-            "output_attentions: expected False, since no attention matrix is ever formed. See "
-            "which blocks are read with `nsa inspect`."
-        )
-    unknown = sorted(set(kwargs) - _ACCEPTED)
-    if unknown:
-        raise ValueError(f"forward: unexpected argument(s) {', '.join(unknown)}.")
-
-
-def _check_ids(name: str, ids: Tensor, vocab_size: int, *, ignored: int = 0) -> None:
-    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"{name}: expected int64 [batch, seq], got {_named(ids)}. Cast it with .long(), and "
-            "give one text the shape [1, seq]."
-        )
-    # On a GPU the embedding itself asserts, and asking here would wait for the GPU.
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = ((ids < 0) | (ids >= vocab_size)) & (ids != ignored)
-        if bool(outside.any()):
-            raise ValueError(
-                f"{name}: expected ids from 0 to {vocab_size - 1}, got {int(ids[outside][0])}. "
-                "Tokenizer and model do not belong together."
-            )
-
-
-def _check_embeds(inputs_embeds: Tensor, hidden_size: int) -> None:
-    shape = inputs_embeds.shape
-    if len(shape) != 3 or shape[2] != hidden_size or not inputs_embeds.is_floating_point():
-        raise ValueError(
-            f"inputs_embeds: expected floats [batch, seq, hidden_size = {hidden_size}], got "
-            f"{_named(inputs_embeds)}."
-        )
-
-
-def _check_labels(labels: Tensor, given: Tensor | None, vocab_size: int) -> None:
-    if given is not None and labels.shape != given.shape[:2]:
-        raise ValueError(
-            f"labels: expected int64 {list(given.shape[:2])} like the input, got {_named(labels)}. "
-            "They are shifted here: pass the input's own tokens."
-        )
-    _check_ids("labels", labels, vocab_size, ignored=-100)
-
-
-def _named(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
-
-
 class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
     """Language model with Native Sparse Attention, or its dense twin (``config.attention``).
 
@@ -383,7 +305,7 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
     ) -> Any:
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not bool(mask.any(-1).all()):
-            raise ValueError(_EMPTY_ROW)
+            raise ValueError(EMPTY_ROW)
         kind = generation_config.cache_implementation
         if self.config.attention == "nsa" and kind not in (None, "dynamic", "dynamic_full"):
             raise ValueError(
@@ -442,9 +364,9 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
             raise ValueError("logits_to_keep: expected 0 with labels, whose loss needs all logits.")
         if labels is not None:
             given = input_ids if inputs_embeds is None else inputs_embeds
-            _check_labels(labels, given, self.config.vocab_size)
+            check_labels(labels, given, self.config.vocab_size)
             use_cache = bool(use_cache)
-        cu_seqlens = _packing(cu_seqlens, kwargs, position_ids, attention_mask, past_key_values)
+        cu_seqlens = packing(cu_seqlens, kwargs, position_ids, attention_mask, past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -129,8 +129,10 @@ class NSATrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's own, and FSDP2 on CPUs, where accelerate 1.15 drops the plug-in for DDP."""
         super().create_accelerator_and_postprocess()
-        # Shapes are few (see ``nsa.train.packing``); graphs for any shape would be slower.
-        self.accelerator.state.dynamo_plugin.dynamic = False
+        compilation = self.accelerator.state.dynamo_plugin
+        if compilation is not None:
+            # Shapes are few (see ``nsa.train.packing``); graphs for any shape would be slower.
+            compilation.dynamic = False
         if self.args.fsdp and not self.is_fsdp_enabled:
             state = self.accelerator.state
             settings: dict[str, Any] = self.args.fsdp_plugin_args or {}
