@@ -98,7 +98,7 @@ def test_micro_batches_recomputation_and_workers_do_not_change_the_losses(
     assert [loss for _, loss in recomputing.losses] == pytest.approx(losses, rel=1e-5)
 
 
-def test_compiled_model_has_the_same_losses_from_few_graphs(
+def test_compiled_model_has_the_same_losses_from_one_graph(
     run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     eager = run()
@@ -125,7 +125,7 @@ def test_compiled_model_has_the_same_losses_from_few_graphs(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Of what inductor imports.
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # Inductor's first.
 def test_cuda_graphs_have_the_losses_of_the_eager_model(run: Callable[..., TrainResult]) -> None:
-    """With accumulation, whose gradients outlive a replay, and rows of two lengths."""
+    """With accumulation, whose gradients outlive a replay, and a short row at the end of epochs."""
     torch.compiler.reset()
     settings = {"precision": "fp32", "batch_rows": 4, "max_steps": 30}
     eager, compiled = run(**settings), run(**settings, compile=True)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from nsa.train.corpus import Corpus
-from nsa.train.packing import PackedRows, Row, collate, collate_few_shapes
+from nsa.train.packing import PackedRows, Row, collate, collate_same_shape
 
 
 def _corpus(lengths: list[int]) -> Corpus:
@@ -105,16 +105,18 @@ def test_collate_joins_rows_and_masks_first_tokens() -> None:
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
 
 
-@pytest.mark.parametrize(("count", "length"), [(1, 64), (63, 64), (64, 128)])
-def test_batches_of_a_compiled_model_have_few_shapes(count: int, length: int) -> None:
+@pytest.mark.parametrize(("count", "length"), [(1, 64), (62, 64), (63, 128)])
+@pytest.mark.parametrize("missing", [0, 3])
+def test_batches_of_a_compiled_model_have_one_shape(count: int, length: int, missing: int) -> None:
     rows = [Row(input_ids=np.arange(2 * count), lengths=[2] * count)]
-    plain, few = collate(rows), collate_few_shapes(rows)
-    assert few["cu_seqlens"].tolist() == [
-        *plain["cu_seqlens"].tolist(),
-        *[2 * count] * (length - count - 1),
-    ]
-    assert few["cu_seqlens"].dtype == torch.int32
-    assert torch.equal(few["labels"], plain["labels"])
+    plain, same = collate(rows), collate_same_shape(rows, seq_len=2 * count + missing)
+    end = 2 * count + missing
+    bounds = [*plain["cu_seqlens"].tolist(), *[end] * (length - count - 1)]
+    assert same["cu_seqlens"].tolist() == bounds
+    assert same["cu_seqlens"].dtype == torch.int32
+    assert same["input_ids"].shape == (1, end)
+    assert torch.equal(same["input_ids"][:, : 2 * count], plain["input_ids"])
+    assert same["labels"].tolist() == [[*plain["labels"][0].tolist(), *[-100] * missing]]
 
 
 def test_corpus_without_anything_to_predict_is_refused() -> None:

@@ -131,7 +131,7 @@ class NSATrainer(Trainer):
         super().create_accelerator_and_postprocess()
         compilation = self.accelerator.state.dynamo_plugin
         if compilation is not None:
-            # Shapes are few (see ``nsa.train.packing``); graphs for any shape would be slower.
+            # Batches have one shape (see ``nsa.train.packing``); graphs of any would be slower.
             compilation.dynamic = False
         if self.args.fsdp and not self.is_fsdp_enabled:
             state = self.accelerator.state

@@ -122,16 +122,23 @@ def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
     }
 
 
-def collate_few_shapes(rows: Sequence[Row]) -> dict[str, Tensor]:
+def collate_same_shape(rows: Sequence[Row], *, seq_len: int) -> dict[str, Tensor]:
     """``collate`` for a compiled model, which is compiled anew for each shape.
 
-    Empty sequences at the end make ``cu_seqlens`` a power of two long, 64 at least.
+    What rows lack of ``seq_len`` tokens is one more sequence, without labels. Empty sequences at
+    the end make ``cu_seqlens`` a power of two long, 64 at least.
     """
     batch = collate(rows)
-    bounds = batch["cu_seqlens"]
-    length = max(64, 1 << (len(bounds) - 1).bit_length())
-    batch["cu_seqlens"] = pad(bounds, (0, length - len(bounds)), value=int(bounds[-1]))
-    return batch
+    num_tokens = len(rows) * seq_len
+    room = (0, num_tokens - batch["input_ids"].shape[1])
+    length = max(64, 1 << len(batch["cu_seqlens"]).bit_length())
+    return {
+        "input_ids": pad(batch["input_ids"], room),
+        "labels": pad(batch["labels"], room, value=-100),
+        "cu_seqlens": pad(
+            batch["cu_seqlens"], (0, length - len(batch["cu_seqlens"])), value=num_tokens
+        ),
+    }
 
 
 def _pieces(offsets: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from nsa.train.corpus import Corpus, build_corpus
 from nsa.train.documents import find_files, read_documents
 from nsa.train.engine import NSATrainer, training_arguments
 from nsa.train.files import naming, write_text
-from nsa.train.packing import PackedRows, collate, collate_few_shapes
+from nsa.train.packing import PackedRows, collate, collate_same_shape
 from nsa.train.progress import EventFiles, Milestones, ProgressReport, StopOnSignal
 from nsa.train.start import new_model, read_record, saved_settings, with_initial_model
 from nsa.train.tokenizer import load_tokenizer, train_tokenizer
@@ -175,12 +176,13 @@ def _run(
         eval_every=loop.eval_every,
         validates=bool(held_out),
     )
+    same_shape = partial(collate_same_shape, seq_len=config.data.seq_len)
     trainer = NSATrainer(
         run_dir=Path(loop.output_dir),
         model=model,
         args=args,
         train_dataset=rows,
-        data_collator=collate_few_shapes if loop.compile else collate,
+        data_collator=same_shape if loop.compile else collate,
         processing_class=tokenizer,
         callbacks=[milestones, stop, progress, *_tensorboard(Path(loop.output_dir), console)],
         validation_documents=held_out,
