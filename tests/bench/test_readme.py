@@ -159,6 +159,7 @@ def test_the_demo_table_shows_both_twins(tmp_path):
     row = {
         "book": "A Book",
         "unigram_entropy": 6.0,
+        "seconds": 270.0,
         "train_tokens": 4096,
         "twins": {"nsa": {**twin, "loss": 4.75}, "dense": {**twin, "loss": 4.5}},
         "device": "CPU",
@@ -171,7 +172,7 @@ def test_the_demo_table_shows_both_twins(tmp_path):
     table = demo_table(tmp_path)
     assert "| nsa | 1,000 | 12 | 4.750 | 1.250 |" in table
     assert "| dense | 1,000 | 12 | 4.500 | 1.500 |" in table
-    assert "+0.250 from its dense twin's" in table
+    assert "+0.250 from its dense twin's. All of it took 4.5 minutes." in table
 
 
 def test_the_needle_table_has_a_line_for_each_depth(tmp_path):

@@ -47,6 +47,7 @@ def make_report(nsa: float = 4.5, dense: float = 4.25, sample: str = " the <b>wh
         prompt="CHAPTER 133 & so on",
         trace=sample_trace(),
         pieces=sample_pieces(),
+        seconds=270.0,
     )
 
 

@@ -102,6 +102,7 @@ def test_report_holds_the_numbers_of_the_runs(done):
         assert twin["loss"] == pytest.approx(losses[name][-1])
         assert twin["tokens_per_second"] > 0
     assert results["train_tokens"] == 6 * 2 * 64
+    assert results["seconds"] > 0
     assert results["torch"] == torch.__version__
 
 
@@ -157,6 +158,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(done, tmp_path, monkeyp
         ]
         losses = [[e["eval_loss"] for e in history if "eval_loss" in e] for history in finals]
         assert losses[0] == losses[1]
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["seconds"] is None
 
 
 def test_a_full_disk_loses_nothing_that_was_saved(tmp_path, monkeypatch):

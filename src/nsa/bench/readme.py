@@ -105,11 +105,13 @@ def demo_table(root: Path) -> str:
         for name, twin in twins.items()
     ]
     gap = twins["nsa"]["loss"] - twins["dense"]["loss"]
+    seconds = row.get("seconds")
+    took = "" if seconds is None else f" All of it took {seconds / 60:.1f} minutes."
     caption = (
         f"{row['book']}: {row['train_tokens']:,} tokens of training, "
         f"{twins['nsa']['num_tokens']:,} held out; {row['device']}, {row['threads']} threads, "
         f"PyTorch {row['torch']}, commit {(row['commit'] or 'unknown')[:9]}. The sparse model's "
-        f"loss is {gap:+.3f} from its dense twin's."
+        f"loss is {gap:+.3f} from its dense twin's.{took}"
     )
     return "\n".join([caption, "", *lines])
 

@@ -58,6 +58,7 @@ class Report:
         prompt: what the samples continue.
         trace: of the NSA model on a held-out passage.
         pieces: that passage, one string per token.
+        seconds: the demo took; None if it went on where an earlier one stopped.
     """
 
     settings: DemoSettings
@@ -66,6 +67,7 @@ class Report:
     prompt: str
     trace: Trace
     pieces: Sequence[str]
+    seconds: float | None
 
     @property
     def gain(self) -> float:

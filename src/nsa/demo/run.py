@@ -103,6 +103,7 @@ def run_demo(
 
 
 def _demo(folder: Path, settings: DemoSettings, console: Console) -> Path:
+    start = None if (folder / TWINS[0]).exists() else time.monotonic()
     write_data(folder, settings)
     trained: dict[str, _Trained] = {}
     for number, name in enumerate(TWINS, start=1):
@@ -147,6 +148,7 @@ def _demo(folder: Path, settings: DemoSettings, console: Console) -> Path:
         prompt=prompt,
         trace=looked,
         pieces=pieces,
+        seconds=None if start is None else time.monotonic() - start,
     )
     return _conclude(report, folder, trained["nsa"].loaded.model.device, console)
 
@@ -177,6 +179,7 @@ def summary(report: Report) -> dict[str, object]:
     return {
         "book": BOOK_TITLE,
         "unigram_entropy": report.unigram_entropy,
+        "seconds": report.seconds,
         "train_tokens": report.settings.max_steps
         * report.settings.batch_rows
         * report.settings.seq_len,
