@@ -94,7 +94,9 @@ def test_blank_lines_and_white_space_texts_are_skipped(tmp_path: Path) -> None:
         pytest.param(b'["text"]', r"jsonl:2: expected an object", id="list"),
         pytest.param(b'{"text": 3}', r"jsonl:2: expected a string in 'text', got int", id="type"),
         pytest.param(b'{"text": "\xe9"}', r"jsonl:2: expected UTF-8, got byte 0xe9", id="latin1"),
-        pytest.param(b'{"text": "a\\ud800"}', r"jsonl:2: .*at character 1: \\ud800", id="surrogate"),
+        pytest.param(
+            b'{"text": "a\\ud800"}', r"jsonl:2: .*at character 1: \\ud800", id="surrogate"
+        ),
         pytest.param(b'{"n": %s}' % (b"1" * 4301), r"jsonl:2: .*4300 digits", id="long-integer"),
         pytest.param(b"[" * 100_000, r"jsonl:2: .*maximum recursion depth", id="deep"),
     ],

@@ -28,7 +28,13 @@ from nsa.train.engine import NSATrainer, training_arguments
 from nsa.train.files import naming, write_text
 from nsa.train.packing import PackedRows, collate, collate_same_shape
 from nsa.train.progress import EventFiles, Milestones, ProgressReport, StopOnSignal
-from nsa.train.start import new_model, read_record, saved_settings, with_initial_model
+from nsa.train.start import (
+    check_initial_tokenizer,
+    new_model,
+    read_record,
+    saved_settings,
+    with_initial_model,
+)
 from nsa.train.tokenizer import load_tokenizer, train_tokenizer
 from nsa.train.validation import PositionLosses
 
@@ -249,6 +255,8 @@ def _prepare(
     config = _resolve(config, tokenizer)
     if start:
         _check_same_settings(config, run_dir)
+    else:
+        check_initial_tokenizer(config, tokenizer)
     corpora = {
         name: build_corpus(
             paths, tokenizer, run_dir / "tokens", name=name, text_field=config.data.text_field
