@@ -175,6 +175,7 @@ def test_a_model_of_another_config_is_one_line(monkeypatch, capsys, tmp_path):
     small_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    capsys.readouterr()  # the bar of saving
     logged = io.StringIO()
     handler = StreamHandler(logged)
     logging.add_handler(handler)
