@@ -168,9 +168,9 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"{where}: expected Unicode text in {text_field!r}, got half of a surrogate pair at "
-                f"character {error.start}: \\u{ord(text[error.start]):04x}. Leave it out, or write "
-                "the pair whole."
+                f"{where}: expected Unicode text in {text_field!r}, got half of a surrogate pair "
+                f"at character {error.start}: \\u{ord(text[error.start]):04x}. Leave it out, or "
+                "write the pair whole."
             ) from error
         yield Document(where, text)
 

@@ -116,6 +116,12 @@ def train(
         PosixPath('runs/tiny-cpu/model')
     """
     run_dir = Path(config.training.output_dir)
+    for path in (run_dir, *run_dir.parents):
+        if path.is_file():
+            raise ValueError(
+                f"training.output_dir: expected a folder, or where one can be made, got {run_dir}, "
+                f"but {path} is a file. Choose another."
+            )
     start, passed_over = checkpoint.latest_checkpoint(run_dir)
     if not resume and checkpoint.list_checkpoints(run_dir):
         raise ValueError(
@@ -139,7 +145,8 @@ def train(
     for line in passed_over:
         console.print(line, style="yellow", markup=False)
     config = with_initial_model(config, run_dir, resuming=start is not None)
-    NSAModelConfig(**config.model)  # before minutes of reading text
+    # Before minutes of reading text; how many tokens there are is not known yet.
+    NSAModelConfig(**{**config.model, "pad_token_id": None})
     with args.main_process_first(local=False):
         config, tokenizer, corpora = _prepare(
             config, run_dir, start=start, leads=args.process_index == 0
@@ -154,7 +161,7 @@ def train(
     )
     if show_config:
         console.print(config.to_yaml(), markup=False)
-    _describe(config, corpora, rows, model, console)
+    _describe(config, corpora, rows, model, tokenizer, console)
     if args.process_index == 0:
         write_text(run_dir / "config.yaml", config.to_yaml())
     return _run(config, args, model, tokenizer, corpora, rows, start=start, console=console)
@@ -300,17 +307,24 @@ def _resolve(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainCo
                 f"data.{name}: expected at most model.max_position_embeddings = "
                 f"{model['max_position_embeddings']}, got {value}."
             )
+    NSAModelConfig(**model)
     read = data.validation_max_tokens or model["max_position_embeddings"]
-    return replace(config, model=model, data=replace(data, validation_max_tokens=read))
+    if data.validation:
+        data = replace(data, validation_max_tokens=read)
+    return replace(config, model=model, data=data)
 
 
 def _check_same_settings(config: TrainConfig, run_dir: Path) -> None:
     before = _flat(saved_settings(run_dir))
     now = _flat(config.to_dict())
+    # Without held-out text no curve depends on how it is read.
+    may_change = _MAY_CHANGE
+    if not before.get("data.validation"):
+        may_change |= {"data.validation_max_tokens"}
     changed = [
         f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
         for key in sorted(before.keys() | now.keys())
-        if key not in _MAY_CHANGE and before.get(key) != now.get(key)
+        if key not in may_change and before.get(key) != now.get(key)
     ]
     if changed:
         raise ValueError(
@@ -368,8 +382,15 @@ def _describe(
     corpora: Mapping[str, Corpus],
     rows: PackedRows,
     model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     console: Console,
 ) -> None:
+    asked = config.tokenizer.vocab_size or 0
+    if len(tokenizer) < asked:
+        console.print(
+            f"tokenizer: {len(tokenizer):,} of {asked:,} tokens; the text gives no more",
+            markup=False,
+        )
     for name, corpus in corpora.items():
         console.print(
             f"{name}: {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens",
