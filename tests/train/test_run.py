@@ -427,6 +427,15 @@ def test_held_out_documents_must_predict_something() -> None:
     assert [d.tolist() for d in module._documents(mixed)] == [[1, 2, 3]]
 
 
+def test_terminal_sees_text_being_read(corpus: Path, tmp_path: Path) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=200)
+    train(tiny.config(corpus, tmp_path / "run", max_steps=2), console=console)
+    assert "tokenizer: learning from the text" in out.getvalue()
+    for name in ("train", "validation"):
+        assert re.search(rf"{name}: [\d,]+ tokens read", out.getvalue())
+
+
 def test_run_without_tensorboard_says_so(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,7 +149,7 @@ def train(
     NSAModelConfig(**{**config.model, "pad_token_id": None})
     with args.main_process_first(local=False):
         config, tokenizer, corpora = _prepare(
-            config, run_dir, start=start, leads=args.process_index == 0
+            config, run_dir, start=start, leads=args.process_index == 0, console=console
         )
     set_seed(config.training.seed)
     model = new_model(config, resuming=start is not None)
@@ -242,7 +242,7 @@ def _finish(trainer: NSATrainer, stop: StopOnSignal, console: Console) -> TrainR
 
 
 def _prepare(
-    config: TrainConfig, run_dir: Path, *, start: Path | None, leads: bool
+    config: TrainConfig, run_dir: Path, *, start: Path | None, leads: bool, console: Console
 ) -> tuple[TrainConfig, PreTrainedTokenizerBase, dict[str, Corpus]]:
     """Tokenizer and token stores of the run, and the config with what follows from them.
 
@@ -258,16 +258,15 @@ def _prepare(
         tokenizer = load_tokenizer(config.tokenizer.load)
     else:
         texts = (d.text for d in read_documents(files["train"], text_field=config.data.text_field))
-        tokenizer = train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size or 0)
+        with console.status("tokenizer: learning from the text"):
+            tokenizer = train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size or 0)
     config = _resolve(config, tokenizer)
     if start:
         _check_same_settings(config, run_dir)
     else:
         check_initial_tokenizer(config, tokenizer)
     corpora = {
-        name: build_corpus(
-            paths, tokenizer, run_dir / "tokens", name=name, text_field=config.data.text_field
-        )
+        name: _encode(paths, tokenizer, run_dir, name, config.data.text_field, console)
         for name, paths in files.items()
     }
     _check_held_out(corpora.get("validation"))
@@ -279,6 +278,26 @@ def _prepare(
             tokenizer.save_pretrained(tokenizer_dir)
         write_text(run_dir / "data.json", json.dumps(digests, indent=1))
     return config, tokenizer, corpora
+
+
+def _encode(
+    files: list[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    run_dir: Path,
+    name: str,
+    text_field: str,
+    console: Console,
+) -> Corpus:
+    """The token store ``name``, which a terminal sees grow: it may take minutes."""
+    with console.status(f"{name}: reading text") as status:
+        return build_corpus(
+            files,
+            tokenizer,
+            run_dir / "tokens",
+            name=name,
+            text_field=text_field,
+            on_tokens=lambda num: status.update(f"{name}: {num:,} tokens read"),
+        )
 
 
 def _resolve(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainConfig:
