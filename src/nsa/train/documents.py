@@ -81,8 +81,8 @@ def read_documents(files: Iterable[Path], *, text_field: str = "text") -> Iterat
         Documents with their source.
 
     Raises:
-        ValueError: not UTF-8, not JSON, no such field, or compressed data that is damaged or cut
-            short.
+        ValueError: not UTF-8, not JSON, no such field, half of a surrogate pair in a text, or
+            compressed data that is damaged or cut short.
         ImportError: .parquet or .zst without the library that reads it.
 
     Example:
