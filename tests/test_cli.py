@@ -1,14 +1,17 @@
 """The command line: what users see, what goes wrong, and that help is quick."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from logging import StreamHandler
 
 import pytest
 import torch
 from tests.models.small import small_model
 from tests.models.tokenizer import character_tokenizer
+from transformers.utils import logging
 
 import nsa
 from nsa import cli
@@ -166,6 +169,24 @@ def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, m
     assert error.startswith("Error: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_model_of_another_config_is_one_line(monkeypatch, capsys, tmp_path):
+    small_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    capsys.readouterr()  # the bar of saving
+    logged = io.StringIO()
+    handler = StreamHandler(logged)
+    logging.add_handler(handler)
+    try:
+        assert run(monkeypatch, "generate", "--model", str(tmp_path), "--prompt", "x") == 2
+    finally:
+        logging.remove_handler(handler)
+    shown = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in shown if line and not line.startswith("Loading weights:")]
+    assert "expected the weights that config.json describes" in line
+    assert logged.getvalue() == ""
 
 
 def test_an_error_does_not_stand_behind_the_prompt(monkeypatch, capfd, model):

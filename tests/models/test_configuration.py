@@ -82,6 +82,10 @@ def test_heads_and_widths_fill_themselves_in():
             {"pad_token_id": "3"}, "pad_token_id: expected an int or none, got '3'", id="pad"
         ),
         pytest.param(
+            {"pad_token_id": 97}, "pad_token_id: expected a token .*0 to 96.*got 97", id="pad-far"
+        ),
+        pytest.param({"head_dim": 15}, "head_dim: expected an even number.*got 15", id="odd-head"),
+        pytest.param(
             {"bos_token_id": [3]}, r"bos_token_id: expected an int or none, got \[3\]", id="bos"
         ),
         pytest.param(
@@ -132,6 +136,12 @@ def test_heads_and_widths_fill_themselves_in():
 def test_bad_values(changes, message):
     with pytest.raises(ValueError, match=message):
         small_config(**changes)
+
+
+def test_what_odd_heads_and_older_files_may_say():
+    rope = {"rope_type": "default", "partial_rotary_factor": 0.4}
+    assert small_config(head_dim=15, rope_parameters=rope).head_dim == 15
+    assert small_config(pad_token_id=-1).pad_token_id is None
 
 
 def test_numbers_in_strings_as_yaml_reads_them(tmp_path):

@@ -73,6 +73,7 @@ def test_there_are_examples() -> None:
         ),
         pytest.param("training", {"max_steps": True}, r"expected int, got True", id="bool-as-int"),
         pytest.param("training", {"max_steps": 0}, r"max_steps: expected at least 1", id="zero"),
+        pytest.param("training", {"seed": 2**32}, r"seed: .* from 0 to 4294967295", id="seed"),
         pytest.param("training", {"fsdp": 1}, r"fsdp: expected bool, got 1", id="int-as-bool"),
         pytest.param(
             "training", {"learning_rate": "fast"}, r"learning_rate: expected float", id="float"
@@ -121,6 +122,19 @@ def test_mistakes_are_named(section: str | None, change: dict[str, Any], message
     values = _values()
     (values if section is None else values[section]).update(change)
     with pytest.raises(ValueError, match=message):
+        TrainConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [("training", "eval_every"), ("data", "validation_max_tokens")]
+)
+def test_how_to_validate_without_held_out_files_is_refused(section: str, key: str) -> None:
+    values = _values()
+    values["training"]["eval_every"] = 0
+    values["data"]["validation"] = []
+    TrainConfig.from_dict(values)
+    values[section][key] = 3
+    with pytest.raises(ValueError, match=rf"{section}\.{key}: expected with data\.validation only"):
         TrainConfig.from_dict(values)
 
 

@@ -55,6 +55,9 @@ def test_cut_short_compression_is_an_error(suffix: str, tmp_path: Path) -> None:
     path.write_bytes(packed[: len(packed) * 2 // 3])
     with pytest.raises(ValueError, match=r"corpus.*: the compressed data is cut short"):
         _texts(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"corpus.*: the compressed data is cut short"):
+        _texts(path)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.xz", ".jsonl.zst"])
@@ -91,6 +94,11 @@ def test_blank_lines_and_white_space_texts_are_skipped(tmp_path: Path) -> None:
         pytest.param(b'["text"]', r"jsonl:2: expected an object", id="list"),
         pytest.param(b'{"text": 3}', r"jsonl:2: expected a string in 'text', got int", id="type"),
         pytest.param(b'{"text": "\xe9"}', r"jsonl:2: expected UTF-8, got byte 0xe9", id="latin1"),
+        pytest.param(
+            b'{"text": "a\\ud800"}', r"jsonl:2: .*at character 1: \\ud800", id="surrogate"
+        ),
+        pytest.param(b'{"n": %s}' % (b"1" * 4301), r"jsonl:2: .*4300 digits", id="long-integer"),
+        pytest.param(b"[" * 100_000, r"jsonl:2: .*maximum recursion depth", id="deep"),
     ],
 )
 def test_bad_line_names_file_and_line(line: bytes, message: str, tmp_path: Path) -> None:

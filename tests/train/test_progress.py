@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import threading
 from contextlib import nullcontext
@@ -88,6 +89,16 @@ def test_signal_saves_and_stops_after_the_step(number: int) -> None:
     assert stop.signal_number == number
     assert "Stopping after this step" in out.getvalue()
     assert signal.getsignal(number) is before
+
+
+def test_workers_that_inherit_the_handler_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    console, out = _console()
+    stop = StopOnSignal(console)
+    with stop.listening(), monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: -1)  # as in a process that was forked
+        signal.raise_signal(signal.SIGINT)
+    assert stop.signal_number == signal.SIGINT
+    assert out.getvalue() == ""
 
 
 def test_second_ctrl_c_does_not_wait() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -368,6 +369,7 @@ def test_existing_tokenizer_is_used(finished: TrainResult, corpus: Path, tmp_pat
         pytest.param(
             "data", {"validation_max_tokens": 129}, r"max_tokens: expected at most", id="read"
         ),
+        pytest.param("model", {"pad_token_id": 270}, r"pad_token_id: .* 0 to 269", id="pad"),
         pytest.param("training", {"fsdp": True}, r"fsdp: expected several processes", id="fsdp"),
         pytest.param(
             "training", {"micro_batch_rows": 4}, r"batch_rows: expected a multiple", id="batch"
@@ -381,6 +383,28 @@ def test_settings_that_do_not_fit(
     values[section].update(change)
     with pytest.raises(ValueError, match=message):
         train(TrainConfig.from_dict(values), console=QUIET)
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_output_dir_that_is_a_file(below: str, corpus: Path) -> None:
+    file = corpus / "train.jsonl"
+    with pytest.raises(ValueError, match=rf"training\.output_dir: expected a folder.*{file} is a"):
+        train(tiny.config(corpus, file / below), console=QUIET)
+
+
+def test_run_without_held_out_text_can_get_some(corpus: Path, tmp_path: Path) -> None:
+    values = tiny.settings(corpus, tmp_path / "run", max_steps=2, eval_every=0)
+    values["tokenizer"]["vocab_size"] = 50_000
+    del values["data"]["validation"]
+    out = io.StringIO()
+    train(TrainConfig.from_dict(values), console=Console(file=out, width=200))
+    assert re.search(r"^tokenizer: \d{3} of 50,000 tokens; the text gives no", out.getvalue(), re.M)
+    # What is saved is a config that loads, and held-out text changes nothing that was drawn.
+    load_config(tmp_path / "run" / "config.yaml")
+    values["data"]["validation"] = [str(corpus / "valid.jsonl")]
+    values["training"]["max_steps"] = 3
+    longer = train(TrainConfig.from_dict(values), resume=True, console=QUIET)
+    assert longer.validation is not None
 
 
 def test_empty_corpus_is_refused(tmp_path: Path) -> None:
@@ -401,6 +425,15 @@ def test_held_out_documents_must_predict_something() -> None:
     mixed = Corpus(np.arange(4, dtype=np.uint32), np.array([0, 1, 4]), "")
     module._check_held_out(mixed)
     assert [d.tolist() for d in module._documents(mixed)] == [[1, 2, 3]]
+
+
+def test_terminal_sees_text_being_read(corpus: Path, tmp_path: Path) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=200)
+    train(tiny.config(corpus, tmp_path / "run", max_steps=2), console=console)
+    assert "tokenizer: learning from the text" in out.getvalue()
+    for name in ("train", "validation"):
+        assert re.search(rf"{name}: [\d,]+ tokens read", out.getvalue())
 
 
 def test_run_without_tensorboard_says_so(

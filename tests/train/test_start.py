@@ -43,7 +43,12 @@ def test_a_run_starts_from_another_model(
     ("model", "change", "error", "message"),
     [
         ({}, "gone", FileNotFoundError, "found no config.json"),
-        ({"hidden_size": 32}, None, ValueError, "their weights differ"),
+        (
+            {"hidden_size": 32},
+            None,
+            ValueError,
+            r"weights differ: \d+ of them \(lm_head.weight, \.\.\.\)\. Le",
+        ),
     ],
     ids=["no-folder", "other-shapes"],
 )
@@ -56,3 +61,16 @@ def test_an_initial_model_that_does_not_fit(
     values["tokenizer"] = {"load": str(finished.model_dir)}
     with pytest.raises(error, match=message):
         train(TrainConfig.from_dict(values), console=QUIET)
+
+
+def test_an_initial_model_of_another_tokenizer(
+    finished: TrainResult, corpus: Path, tmp_path: Path
+) -> None:
+    first = finished.model_dir
+    values = tiny.settings(corpus, tmp_path / "next", initial_model=str(first))
+    # As many tokens, learned from other text.
+    values["data"]["train"] = [str(tmp_path / "other.txt")]
+    (tmp_path / "other.txt").write_text("to be or not to be, that is the question " * 50)
+    with pytest.raises(ValueError, match=rf"initial_model: .* Set tokenizer\.load={first}\."):
+        train(TrainConfig.from_dict(values), console=QUIET)
+    assert not (tmp_path / "next" / "tokens").exists()

@@ -163,6 +163,8 @@ class NSAModelConfig(PreTrainedConfig):
         if isinstance(rope, dict):  # else refused below
             rope = {name: x for name, x in beside.items() if x is not None} | rope
         self.rope_parameters = rope
+        if self.pad_token_id == -1:
+            self.pad_token_id = None  # as older files of Llama write it
         self._check_values()
         super().__post_init__(**kwargs)
 
@@ -211,6 +213,11 @@ class NSAModelConfig(PreTrainedConfig):
             if value is not None and not all(map(_is_int, value if several else [value])):
                 kind = "an int, a list of them" if name == "eos_token_id" else "an int"
                 raise ValueError(f"{name}: expected {kind} or none, got {value!r}.")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id: expected a token of the vocabulary, 0 to {self.vocab_size - 1}, or "
+                f"none, got {self.pad_token_id}. Leave it out, or raise vocab_size."
+            )
         self._check_rope()
         _ = self.geometry
 
@@ -243,6 +250,16 @@ class NSAModelConfig(PreTrainedConfig):
             raise ValueError(
                 "rope_parameters.partial_rotary_factor: expected at most 1, the whole head, got "
                 f"{rope['partial_rotary_factor']}."
+            )
+        assert self.head_dim is not None, "filled in before"
+        # Of a part of the head, transformers takes one channel more where it is odd.
+        if (
+            self.head_dim % 2
+            and int(self.head_dim * (rope.get("partial_rotary_factor") or 1.0)) == self.head_dim
+        ):
+            raise ValueError(
+                "head_dim: expected an even number, since the rotary embedding turns pairs of "
+                f"channels, got {self.head_dim}. Pass another head_dim."
             )
 
     @property

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 
 def load_model(
@@ -35,7 +36,7 @@ def load_model(
     """
     folder = Path(path)
     model = load_weights(folder, dtype=dtype)
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     embeddings: Any = model.get_input_embeddings()
     vocab_size = embeddings.num_embeddings
     if len(tokenizer) > vocab_size:
@@ -113,13 +114,18 @@ def _check_complete(file: Path) -> None:
 
 
 def _load_weights(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype="auto" if dtype is None else dtype,
-        local_files_only=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the table of weights that do not fit: they are an error below
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto" if dtype is None else dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
     model, info = loaded
     wrong: list[tuple[str, Any]] = [
         ("missing", info["missing_keys"]),
@@ -135,7 +141,13 @@ def _load_weights(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     return model
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read.
+    """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise FileNotFoundError(
             f"model: expected a tokenizer beside the weights, found no tokenizer.json in {folder}. "

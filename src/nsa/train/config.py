@@ -46,6 +46,8 @@ class DataConfig:
         _at_least("data.seq_len", self.seq_len, 8)
         if self.validation_max_tokens is not None:
             _at_least("data.validation_max_tokens", self.validation_max_tokens, 2)
+            if not self.validation:
+                raise _validates_nothing("data.validation_max_tokens", self.validation_max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,8 +136,9 @@ class LoopConfig:
         for name in ("max_steps", "batch_rows", "micro_batch_rows", "log_every", "save_every"):
             _at_least(f"training.{name}", getattr(self, name), 1)
         _at_least("training.keep_checkpoints", self.keep_checkpoints, 1)
-        for name in ("warmup_steps", "eval_every", "num_workers", "seed", "weight_decay"):
+        for name in ("warmup_steps", "eval_every", "num_workers", "weight_decay"):
             _at_least(f"training.{name}", getattr(self, name), 0)
+        _within("training.seed", self.seed, least=0, most=2**32 - 1)  # NumPy takes no more
         for name in ("learning_rate", "max_grad_norm"):
             _within(f"training.{name}", getattr(self, name), above=0.0)
         for name in ("beta1", "beta2", "min_lr_ratio"):
@@ -186,6 +189,10 @@ class TrainConfig:
     data: DataConfig
     tokenizer: TokenizerConfig
     training: LoopConfig
+
+    def __post_init__(self) -> None:
+        if self.training.eval_every and not self.data.validation:
+            raise _validates_nothing("training.eval_every", self.training.eval_every)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -335,6 +342,13 @@ def _within(
         raise ValueError(f"{name}: expected a number above {above}, got {value}.")
     if not least <= value <= most:
         raise ValueError(f"{name}: expected a number from {least} to {most}, got {value}.")
+
+
+def _validates_nothing(name: str, value: int) -> ValueError:
+    return ValueError(
+        f"{name}: expected with data.validation only, got {value} and no held-out files. Set "
+        "data.validation, or leave it out."
+    )
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:

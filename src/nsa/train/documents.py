@@ -81,8 +81,8 @@ def read_documents(files: Iterable[Path], *, text_field: str = "text") -> Iterat
         Documents with their source.
 
     Raises:
-        ValueError: not UTF-8, not JSON, no such field, or compressed data that is damaged or cut
-            short.
+        ValueError: not UTF-8, not JSON, no such field, half of a surrogate pair in a text, or
+            compressed data that is damaged or cut short.
         ImportError: .parquet or .zst without the library that reads it.
 
     Example:
@@ -123,7 +123,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also integers too long, lists too deep
             raise ValueError(
                 f"{where}: expected one JSON object per line, got {line.strip()[:40]!r} ({error})."
             ) from error
@@ -164,6 +164,14 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
             raise ValueError(
                 f"{where}: expected a string in {text_field!r}, got {type(text).__name__}."
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: expected Unicode text in {text_field!r}, got half of a surrogate pair "
+                f"at character {error.start}: \\u{ord(text[error.start]):04x}. Leave it out, or "
+                "write the pair whole."
+            ) from error
         yield Document(where, text)
 
 
@@ -171,10 +179,12 @@ def _lines(path: Path) -> Iterator[bytes]:
     try:
         if path.suffix == ".zst":
             yield from _split_lines(_zstd_chunks(path))
-            return
-        opened = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)(path, "rb")
-        with opened as file:
-            yield from file
+        else:
+            opened = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)(path, "rb")
+            with opened as file:
+                yield from file
+        if path.suffix in (".gz", ".zst") and not path.stat().st_size:
+            raise EOFError("the file is empty")  # which their readers take for empty data
     except EOFError as error:
         raise ValueError(
             f"{path}: the compressed data is cut short ({error}). Copy or download the file again."

@@ -5,6 +5,7 @@ Not a logger: TensorBoard and ``trainer_state.json`` keep the numbers.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -125,6 +126,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.signal_number: int | None = None
+        self._process = os.getpid()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -157,7 +159,8 @@ class StopOnSignal(TrainerCallback):
         if self.signal_number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_number = number
-        self.console.print("Stopping after this step; Ctrl-C again stops at once.")
+        if os.getpid() == self._process:  # workers that prepare batches inherit the handler
+            self.console.print("Stopping after this step; Ctrl-C again stops at once.")
 
 
 class EventFiles(TensorBoardCallback):

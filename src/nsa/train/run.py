@@ -28,7 +28,13 @@ from nsa.train.engine import NSATrainer, training_arguments
 from nsa.train.files import naming, write_text
 from nsa.train.packing import PackedRows, collate, collate_same_shape
 from nsa.train.progress import EventFiles, Milestones, ProgressReport, StopOnSignal
-from nsa.train.start import new_model, read_record, saved_settings, with_initial_model
+from nsa.train.start import (
+    check_initial_tokenizer,
+    new_model,
+    read_record,
+    saved_settings,
+    with_initial_model,
+)
 from nsa.train.tokenizer import load_tokenizer, train_tokenizer
 from nsa.train.validation import PositionLosses
 
@@ -110,6 +116,12 @@ def train(
         PosixPath('runs/tiny-cpu/model')
     """
     run_dir = Path(config.training.output_dir)
+    for path in (run_dir, *run_dir.parents):
+        if path.is_file():
+            raise ValueError(
+                f"training.output_dir: expected a folder, or where one can be made, got {run_dir}, "
+                f"but {path} is a file. Choose another."
+            )
     start, passed_over = checkpoint.latest_checkpoint(run_dir)
     if not resume and checkpoint.list_checkpoints(run_dir):
         raise ValueError(
@@ -133,10 +145,11 @@ def train(
     for line in passed_over:
         console.print(line, style="yellow", markup=False)
     config = with_initial_model(config, run_dir, resuming=start is not None)
-    NSAModelConfig(**config.model)  # before minutes of reading text
+    # Before minutes of reading text; how many tokens there are is not known yet.
+    NSAModelConfig(**{**config.model, "pad_token_id": None})
     with args.main_process_first(local=False):
         config, tokenizer, corpora = _prepare(
-            config, run_dir, start=start, leads=args.process_index == 0
+            config, run_dir, start=start, leads=args.process_index == 0, console=console
         )
     set_seed(config.training.seed)
     model = new_model(config, resuming=start is not None)
@@ -148,7 +161,7 @@ def train(
     )
     if show_config:
         console.print(config.to_yaml(), markup=False)
-    _describe(config, corpora, rows, model, console)
+    _describe(config, corpora, rows, model, tokenizer, console)
     if args.process_index == 0:
         write_text(run_dir / "config.yaml", config.to_yaml())
     return _run(config, args, model, tokenizer, corpora, rows, start=start, console=console)
@@ -229,7 +242,7 @@ def _finish(trainer: NSATrainer, stop: StopOnSignal, console: Console) -> TrainR
 
 
 def _prepare(
-    config: TrainConfig, run_dir: Path, *, start: Path | None, leads: bool
+    config: TrainConfig, run_dir: Path, *, start: Path | None, leads: bool, console: Console
 ) -> tuple[TrainConfig, PreTrainedTokenizerBase, dict[str, Corpus]]:
     """Tokenizer and token stores of the run, and the config with what follows from them.
 
@@ -245,14 +258,15 @@ def _prepare(
         tokenizer = load_tokenizer(config.tokenizer.load)
     else:
         texts = (d.text for d in read_documents(files["train"], text_field=config.data.text_field))
-        tokenizer = train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size or 0)
+        with console.status("tokenizer: learning from the text"):
+            tokenizer = train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size or 0)
     config = _resolve(config, tokenizer)
     if start:
         _check_same_settings(config, run_dir)
+    else:
+        check_initial_tokenizer(config, tokenizer)
     corpora = {
-        name: build_corpus(
-            paths, tokenizer, run_dir / "tokens", name=name, text_field=config.data.text_field
-        )
+        name: _encode(paths, tokenizer, run_dir, name, config.data.text_field, console)
         for name, paths in files.items()
     }
     _check_held_out(corpora.get("validation"))
@@ -264,6 +278,26 @@ def _prepare(
             tokenizer.save_pretrained(tokenizer_dir)
         write_text(run_dir / "data.json", json.dumps(digests, indent=1))
     return config, tokenizer, corpora
+
+
+def _encode(
+    files: list[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    run_dir: Path,
+    name: str,
+    text_field: str,
+    console: Console,
+) -> Corpus:
+    """The token store ``name``, which a terminal sees grow: it may take minutes."""
+    with console.status(f"{name}: reading text") as status:
+        return build_corpus(
+            files,
+            tokenizer,
+            run_dir / "tokens",
+            name=name,
+            text_field=text_field,
+            on_tokens=lambda num: status.update(f"{name}: {num:,} tokens read"),
+        )
 
 
 def _resolve(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainConfig:
@@ -292,17 +326,24 @@ def _resolve(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainCo
                 f"data.{name}: expected at most model.max_position_embeddings = "
                 f"{model['max_position_embeddings']}, got {value}."
             )
+    NSAModelConfig(**model)
     read = data.validation_max_tokens or model["max_position_embeddings"]
-    return replace(config, model=model, data=replace(data, validation_max_tokens=read))
+    if data.validation:
+        data = replace(data, validation_max_tokens=read)
+    return replace(config, model=model, data=data)
 
 
 def _check_same_settings(config: TrainConfig, run_dir: Path) -> None:
     before = _flat(saved_settings(run_dir))
     now = _flat(config.to_dict())
+    # Without held-out text no curve depends on how it is read.
+    may_change = _MAY_CHANGE
+    if not before.get("data.validation"):
+        may_change |= {"data.validation_max_tokens"}
     changed = [
         f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
         for key in sorted(before.keys() | now.keys())
-        if key not in _MAY_CHANGE and before.get(key) != now.get(key)
+        if key not in may_change and before.get(key) != now.get(key)
     ]
     if changed:
         raise ValueError(
@@ -360,8 +401,15 @@ def _describe(
     corpora: Mapping[str, Corpus],
     rows: PackedRows,
     model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     console: Console,
 ) -> None:
+    asked = config.tokenizer.vocab_size or 0
+    if len(tokenizer) < asked:
+        console.print(
+            f"tokenizer: {len(tokenizer):,} of {asked:,} tokens; the text gives no more",
+            markup=False,
+        )
     for name, corpus in corpora.items():
         console.print(
             f"{name}: {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens",

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from nsa.models import NSAForCausalLM, NSAModelConfig
-from nsa.models.loading import load_weights
+from nsa.models.loading import load_tokenizer, load_weights
 from nsa.train.config import DataConfig, LoopConfig, TokenizerConfig, TrainConfig
 
 # What a saved config says of itself and not of the model.
@@ -33,6 +33,30 @@ def with_initial_model(config: TrainConfig, run_dir: Path, *, resuming: bool) ->
         return config
     saved = saved_settings(run_dir)["model"] if resuming else _settings(Path(folder))
     return replace(config, model={**saved, **config.model})
+
+
+def check_initial_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that the tokens ``training.initial_model`` learned have the same ids in the run.
+
+    Args:
+        config: of the run.
+        tokenizer: of the run; it may have more tokens than the model's.
+
+    Raises:
+        ValueError: one has not, or the model's tokenizer cannot be read.
+    """
+    folder = config.training.initial_model
+    if folder is None:
+        return
+    try:
+        learned = load_tokenizer(Path(folder)).get_vocab()
+    except FileNotFoundError:  # the model was saved without one
+        return
+    if not learned.items() <= tokenizer.get_vocab().items():
+        raise ValueError(
+            f"training.initial_model: expected a run with the tokenizer of the model in {folder}, "
+            f"got another: their tokens differ. Set tokenizer.load={folder}."
+        )
 
 
 def saved_settings(run_dir: Path) -> dict[str, dict[str, Any]]:
@@ -88,13 +112,16 @@ def new_model(config: TrainConfig, *, resuming: bool) -> NSAForCausalLM:
     if folder is None or resuming:
         return model
     weights = load_weights(folder, dtype=torch.float32).state_dict()
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
+    found = {name: weight.shape for name, weight in weights.items()}
+    wanted = {name: weight.shape for name, weight in model.state_dict().items()}
+    differing = {name for name, _ in found.items() ^ wanted.items()}
+    if differing:
         raise ValueError(
             f"training.initial_model: expected section model to describe the model in {folder}, "
-            f"but their weights differ: {error}. Leave the settings out to take those of the model."
-        ) from None
+            f"but their weights differ: {len(differing)} of them ({min(differing)}, ...). Leave "
+            "the settings out to take those of the model."
+        )
+    model.load_state_dict(weights)
     return model
 
 
