@@ -101,6 +101,7 @@ def generate(
         raise ValueError("--prompt, --prompt-file: expected exactly one of them.")
     given = prompt if prompt_file is None else text.read_prompt(prompt_file)
     assert given is not None
+    text.check_text(given)
     loaded = text.load(model, device=pick_device(device))
     typer.echo(given, nl=False)
     try:
