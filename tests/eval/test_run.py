@@ -111,7 +111,9 @@ def test_an_interruption_keeps_what_was_measured(
 
 def test_results_that_are_there_are_kept(folder: Path, tmp_path: Path):
     (tmp_path / "results.json").write_text("measured before")
-    message = r"output: expected a folder without results, but .*results\.json exists\. Name another"
+    message = (
+        r"output: expected a folder without results, but .*results\.json exists\. Name another"
+    )
     with pytest.raises(ValueError, match=message):
         measure(folder / "not looked for", tmp_path, text=(folder / "nor this",))
     assert (tmp_path / "results.json").read_text() == "measured before"

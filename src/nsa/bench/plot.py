@@ -129,9 +129,9 @@ def _check_suffix(output: Path) -> None:
 
 
 def _write(figure: Figure, output: Path) -> None:
-    # In memory first: matplotlib's PDF writer hides the error of a full disk behind its own. Without
-    # a date, so that the same rows give the same file.
+    # In memory first: matplotlib's PDF writer hides the error of a full disk behind its own.
     picture = io.BytesIO()
+    # Without a date, so that the same rows give the same file.
     metadata = {"Date": None} if output.suffix == ".svg" else None
     figure.savefig(picture, format=output.suffix.removeprefix("."), metadata=metadata)
     staged = output.with_name(f".{output.name}.partial")

@@ -66,8 +66,8 @@ class TextModel:
             The whole continuation, token counts and seconds.
 
         Raises:
-            ValueError: the prompt is empty or not UTF-8, or prompt and answer do not fit the model's
-                positions.
+            ValueError: the prompt is empty or not UTF-8, or prompt and answer do not fit the
+                model's positions.
         """
         ids = self._ids(prompt)
         limit = self._num_new_tokens(len(ids), max_new_tokens)
