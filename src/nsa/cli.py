@@ -35,7 +35,12 @@ MaxNewTokens = Annotated[
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
 TopP = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="Samples from the likeliest tokens of this mass.")
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Samples from the likeliest tokens of this mass; no effect at temperature 0.",
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Makes sampling repeatable.")]
 

@@ -59,7 +59,7 @@ class TextModel:
             on_text: receives the pieces of the continuation in order.
             max_new_tokens: tokens to make at most; if None, 200 or what the positions leave.
             temperature: 0 takes the likeliest token every time.
-            top_p: mass of the likeliest tokens to sample from.
+            top_p: mass of the likeliest tokens to sample from; without effect at temperature 0.
             seed: makes sampling repeatable; seeds the global generators of torch and numpy.
 
         Returns:
