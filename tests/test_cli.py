@@ -88,6 +88,13 @@ def test_generate_reads_a_prompt_file(monkeypatch, capsys, model, tmp_path):
     assert capsys.readouterr().out == "From a file two words\n"
 
 
+def test_a_prompt_that_is_not_utf8_is_refused_before_it_is_shown(monkeypatch, capsys, model):
+    assert run(monkeypatch, "generate", "--model", "m", "--prompt", "a\udcff") == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "prompt: expected UTF-8 text" in shown.err
+
+
 def test_chat_answers_until_an_empty_line(monkeypatch, capsys, model):
     lines = iter(["Hello", "Again", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))

@@ -35,7 +35,12 @@ MaxNewTokens = Annotated[
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
 TopP = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="Samples from the likeliest tokens of this mass.")
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Samples from the likeliest tokens of this mass; no effect at temperature 0.",
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Makes sampling repeatable.")]
 
@@ -101,6 +106,7 @@ def generate(
         raise ValueError("--prompt, --prompt-file: expected exactly one of them.")
     given = prompt if prompt_file is None else text.read_prompt(prompt_file)
     assert given is not None
+    text.check_text(given)
     loaded = text.load(model, device=pick_device(device))
     typer.echo(given, nl=False)
     try:

@@ -1,5 +1,6 @@
 import matplotlib
 import pytest
+from tests.disk import full_disk
 
 from nsa.bench.plot import plot, plot_speedup
 
@@ -61,6 +62,13 @@ def test_the_picture_names_operations_providers_and_lengths(tmp_path):
 def test_bad_input_is_refused(tmp_path, given, name, message):
     with pytest.raises(ValueError, match=message):
         plot(given, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.svg", "a.png", "a.pdf"])
+def test_a_full_disk_names_the_file(tmp_path, name):
+    with pytest.raises(OSError, match=rf"too large: '.*{name}'"), full_disk():
+        plot(rows(), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.disk import full_disk
 from tests.models.small import small_model
 from tests.models.tokenizer import character_tokenizer
 
@@ -97,6 +98,13 @@ def test_bad_input_is_refused(folder, tmp_path, changes, message):
     asked["output"] = tmp_path / asked["output"]
     with pytest.raises(ValueError, match=message):
         traces.capture(folder, folder / "text.txt", device=CPU, **asked)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_names_the_file(folder, tmp_path):
+    output = tmp_path / "x.safetensors"
+    with pytest.raises(OSError, match=r"too large.*x\.safetensors"), full_disk(20_000):
+        traces.capture(folder, folder / "text.txt", output, device=CPU, layer=0, max_tokens=100)
     assert not list(tmp_path.iterdir())
 
 

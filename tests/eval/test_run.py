@@ -109,16 +109,28 @@ def test_an_interruption_keeps_what_was_measured(
     assert [cell["depth"] for cell in got["needle"]] == [0, 100]
 
 
+def test_results_that_are_there_are_kept(folder: Path, tmp_path: Path):
+    (tmp_path / "results.json").write_text("measured before")
+    message = (
+        r"output: expected a folder without results, but .*results\.json exists\. Name another"
+    )
+    with pytest.raises(ValueError, match=message):
+        measure(folder / "not looked for", tmp_path, text=(folder / "nor this",))
+    assert (tmp_path / "results.json").read_text() == "measured before"
+
+
 def test_the_seed_repeats_everything_and_changes_the_needles(folder: Path, tmp_path: Path):
-    def needles(seed: int) -> Any:
+    def needles(run: str, seed: int) -> Any:
         settings = EvalSettings.from_overrides(NEEDLE)
         hay = (folder / "text",)
-        return measure(folder, tmp_path, haystack=hay, settings=settings, limit=1, seed=seed)[0][
-            "needle"
-        ]
+        results, _ = measure(
+            folder, tmp_path / run, haystack=hay, settings=settings, limit=1, seed=seed
+        )
+        return results["needle"]
 
-    assert needles(0) == needles(0)
-    assert needles(0) != needles(1)
+    first = needles("first", 0)
+    assert first == needles("again", 0)
+    assert first != needles("other", 1)
 
 
 @pytest.mark.parametrize(

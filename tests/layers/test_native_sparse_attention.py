@@ -150,7 +150,7 @@ def test_no_silent_gradient_through_a_filled_cache():
     cache = LayerCache(CONFIG)
     module(x[:, :29], cos[:, :29], sin[:, :29], cache=cache, rotary=rotary)
     out = module(x[:, 29:], cos[:, 29:], sin[:, 29:], cache=cache, rotary=rotary)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(NotImplementedError, match="nsa_decode: it is for inference"):
         out.sum().backward()
 
 

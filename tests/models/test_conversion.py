@@ -403,6 +403,14 @@ def test_bad_folders(tmp_path: Path):
         convert_folder(tmp_path / "nothing", tmp_path)
 
 
+@pytest.mark.parametrize(("text", "num_tokens"), [("", 0), ("a", 1)], ids=["empty", "one"])
+def test_a_text_without_two_tokens_is_named(tmp_path, text, num_tokens):
+    llama().save_pretrained(tmp_path / "dense")
+    character_tokenizer().save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match=f"^text: expected at least 2 tokens.* got {num_tokens}"):
+        convert_folder(tmp_path / "dense", tmp_path / "sparse", config=GEOMETRY, text=text)
+
+
 @pytest.mark.parametrize(
     "error",
     [

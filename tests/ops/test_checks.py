@@ -67,6 +67,14 @@ MESSAGES = {
         "q: expected [batch, seq, heads, dim], or [tokens, heads, dim] with cu_seqlens, got "
         "float32 [8, 16].",
     ),
+    "no-heads": (
+        _mode(_zeros(2, 8, 0, 16)),
+        "q: expected at least one head and one channel, got float32 [2, 8, 0, 16].",
+    ),
+    "no-channels": (
+        _mode(_zeros(8, 4, 0), CU),
+        "q: expected at least one head and one channel, got float32 [8, 4, 0].",
+    ),
     "batch-with-cu-seqlens": (
         _mode(BATCH, CU),
         "cu_seqlens: expected None with a batch, but q is float32 [2, 8, 4, 16]. Drop cu_seqlens",
@@ -101,11 +109,15 @@ MESSAGES = {
     ),
     "offset-negative": (
         lambda: checks.queries(BATCH, None, -1),
-        "q_offset: expected 0 with packed sequences and at least 0 with a batch, got -1.",
+        "q_offset: expected an int, 0 with packed sequences and at least 0 with a batch, got -1.",
     ),
     "offset-packed": (
         lambda: checks.queries(PACKED, CU, 3),
-        "q_offset: expected 0 with packed sequences and at least 0 with a batch, got 3.",
+        "q_offset: expected an int, 0 with packed sequences and at least 0 with a batch, got 3.",
+    ),
+    "offset-float": (
+        lambda: checks.queries(BATCH, None, 1.0),
+        "q_offset: expected an int, 0 with packed sequences and at least 0 with a batch, got 1.0.",
     ),
     "key-not-a-tensor": (_same_kind(None), "k: expected a tensor, got NoneType."),
     "key-rank": (
@@ -162,8 +174,15 @@ MESSAGES = {
     ),
     "geometry": (
         lambda: checks.geometry(6, 4),
-        "compress_block_size, compress_stride: expected positive integers, the stride dividing "
-        "the block size, got 6 and 4.",
+        "compress_stride: expected a divisor of compress_block_size = 6, got 4.",
+    ),
+    "block-float": (
+        lambda: checks.geometry(16.0, 4),
+        "compress_block_size: expected a positive integer, got 16.0.",
+    ),
+    "stride-float": (
+        lambda: checks.geometry(16, 4.0),
+        "compress_stride: expected a positive integer, got 4.0.",
     ),
     "positive": (
         lambda: checks.positive("window_size", 0),

@@ -145,8 +145,11 @@ PE, LINEAR = torch.zeros(2, 4, 3), torch.zeros(3, 12)
             id="v-dtype",
         ),
         pytest.param(
-            {"size": 3}, r"^compress_block_size, compress_stride: expected", id="geometry"
+            {"size": 3},
+            r"^compress_stride: expected a divisor of compress_block_size = 3",
+            id="geometry",
         ),
+        pytest.param({"size": 16.0}, r"^compress_block_size: expected a positive", id="float"),
         pytest.param(
             {"k": torch.randn(9, 2, 3)}, r"^cu_seqlens: required, because k is packed", id="packed"
         ),

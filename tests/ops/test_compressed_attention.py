@@ -66,8 +66,18 @@ def test_compiles_to_one_graph(case):
     )
 
 
-@pytest.mark.parametrize(("size", "stride"), [(0, 1), (4, 0), (-4, 2), (4, 3)], ids=str)
-def test_checks_the_geometry(size, stride):
+@pytest.mark.parametrize(
+    ("size", "stride", "message"),
+    [
+        (0, 1, "compress_block_size: expected a positive integer, got 0"),
+        (4, 0, "compress_stride: expected a positive integer, got 0"),
+        (-4, 2, "compress_block_size: expected a positive integer, got -4"),
+        (16.0, 2, r"compress_block_size: expected a positive integer, got 16\.0"),
+        (4, 3, "compress_stride: expected a divisor of compress_block_size = 4, got 3"),
+    ],
+    ids=str,
+)
+def test_checks_the_geometry(size, stride, message):
     q = torch.randn(1, 3, 1, 4)
-    with pytest.raises(ValueError, match=rf"expected positive integers.*{size} and {stride}"):
+    with pytest.raises(ValueError, match=f"^{message}"):
         compressed_attention(q, q, q, compress_block_size=size, compress_stride=stride)

@@ -63,6 +63,15 @@ def test_contract():
     )
 
 
+def test_a_gradient_is_refused_with_what_to_do_instead():
+    _, newest = _cache([32, 7])
+    tensors = [newest[name].float().requires_grad_() for name in NSA_INPUTS]
+    o = nsa_decode(*tensors, seq_lens=torch.tensor([32, 7]), config=SMALL)
+    message = r"^nsa_decode: it is for inference and has no gradient\. Train with nsa_attention"
+    with pytest.raises(NotImplementedError, match=message):
+        o.sum().backward()
+
+
 def test_compiles_to_one_graph():
     lengths = torch.tensor([32, 7])
     _, newest = _cache(lengths.tolist())

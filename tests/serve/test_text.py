@@ -178,6 +178,17 @@ def test_a_full_conversation_forgets_its_oldest_turns(loaded, template, max_new_
     assert talk.messages[-1] == {"role": "assistant", "content": made[-1].text}
 
 
+@pytest.mark.parametrize("template", [None, TEMPLATE], ids=["transcript", "template"])
+def test_text_that_is_not_utf8_is_refused(loaded, template):
+    message = r"^prompt: expected UTF-8 text, got '\\udcff' at character 1\.$"
+    with pytest.raises(ValueError, match=message):
+        stream(loaded, "a\udcff")
+    talk = Chat(loaded=TextModel(model=loaded.model, tokenizer=byte_tokenizer(template)))
+    with pytest.raises(ValueError, match=message):
+        talk.reply("a\udcff", on_text=lambda _: None)
+    assert talk.messages == []
+
+
 def test_room_is_what_stream_makes_at_most(loaded):
     assert loaded.room("The sea") == loaded.room(list(range(7))) == POSITIONS - 7
     assert loaded.room("The sea", 5) == 5

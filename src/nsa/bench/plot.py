@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 from nsa.bench.results import Row, group_size, is_grouped, latest, with_speedup
+from nsa.train.files import naming
 
 try:
     from matplotlib.axes import Axes
@@ -26,6 +28,7 @@ def plot(rows: list[Row], output: Path) -> None:
 
     Raises:
         ValueError: there is nothing to plot, or the rows mix devices, dtypes or shapes.
+        OSError: the disk is full; nothing is left of the file.
     """
     _check_suffix(output)
     rows = latest(rows)
@@ -60,6 +63,7 @@ def plot_speedup(rows: list[Row], output: Path) -> None:
 
     Raises:
         ValueError: there is nothing to plot, or the rows mix devices or dtypes.
+        OSError: the disk is full; nothing is left of the file.
     """
     _check_suffix(output)
     rows = [row for row in with_speedup(latest(rows)) if row["operation"] == "pipeline"]
@@ -125,10 +129,18 @@ def _check_suffix(output: Path) -> None:
 
 
 def _write(figure: Figure, output: Path) -> None:
-    temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")
+    # In memory first: matplotlib's PDF writer hides the error of a full disk behind its own.
+    picture = io.BytesIO()
     # Without a date, so that the same rows give the same file.
-    figure.savefig(temporary, metadata={"Date": None} if output.suffix == ".svg" else None)
-    temporary.replace(output)
+    metadata = {"Date": None} if output.suffix == ".svg" else None
+    figure.savefig(picture, format=output.suffix.removeprefix("."), metadata=metadata)
+    staged = output.with_name(f".{output.name}.partial")
+    try:
+        with naming(output):
+            staged.write_bytes(picture.getvalue())
+        staged.replace(output)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def _line(row: Row) -> str:

@@ -7,7 +7,6 @@ geometry are those of the model.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -23,7 +22,9 @@ from torch import Tensor, nn
 from nsa.bench.shapes import Shape
 from nsa.config import NSAConfig
 from nsa.layers import NativeSparseAttention
+from nsa.models.saving import write_errors
 from nsa.serve import text as text_models
+from nsa.train.files import naming
 
 # Tensors whose second dimension is the position of a token.
 BY_TOKEN = ("q", "k_tokens", "v_tokens", "k_slc", "v_slc", "k_win", "v_win", "gates")
@@ -47,6 +48,7 @@ def capture(
 
     Raises:
         ValueError: no such layer, another compressor, or less text than one compressed block.
+        OSError: the disk is full; nothing is left of the file.
     """
     if output.suffix != ".safetensors":
         raise ValueError(f"output: expected .safetensors, got {output.name!r}.")
@@ -64,13 +66,16 @@ def capture(
     with torch.no_grad(), _inputs_of(attention) as found:
         loaded.model(input_ids=torch.tensor([ids], device=device), use_cache=False)
     metadata = {"config": json.dumps(asdict(config)), "layer": str(layer), "model": model.name}
-    temporary = output.with_name(f".{output.name}.partial")
+    staged = output.with_name(f".{output.name}.partial")
     output.parent.mkdir(parents=True, exist_ok=True)
     # Copies, since branches may share their keys and a file may not.
-    save_file(
-        {name: x.cpu().contiguous().clone() for name, x in found.items()}, temporary, metadata
-    )
-    os.replace(temporary, output)
+    copies = {name: x.cpu().contiguous().clone() for name, x in found.items()}
+    try:
+        with naming(output), write_errors():
+            save_file(copies, staged, metadata)
+        staged.replace(output)
+    finally:
+        staged.unlink(missing_ok=True)
     return shape(output)
 
 

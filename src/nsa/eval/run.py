@@ -98,7 +98,7 @@ def evaluate(
     Args:
         model_path: folder of the model and its tokenizer.
         evaluation: what to measure.
-        output: folder to write to; a ``results.json`` in it is replaced.
+        output: folder to write to; it must not hold a ``results.json``.
         device: where to compute.
         console: where the tables go; progress bars go to standard error.
 
@@ -106,7 +106,8 @@ def evaluate(
         What was written to ``results.json``.
 
     Raises:
-        ValueError: no valid model, bad data, or settings that do not fit the model.
+        ValueError: ``output`` holds results; no valid model, bad data, or settings that do not fit
+            the model.
         OSError: a file is not there, the disk is full, or the Hub does not answer.
         ImportError: a part needs a package that is not installed.
 
@@ -114,13 +115,17 @@ def evaluate(
         >>> evaluate(Path("runs/a/model"), Evaluation(text=(Path("books/"),)),
         ...          output=Path("runs/a/eval"), device=torch.device("cpu"), console=Console())
     """
+    path = output / RESULTS
+    if path.exists():
+        raise ValueError(
+            f"output: expected a folder without results, but {path} exists. Name another one."
+        )
     parts = _prepare(model_path, evaluation, device)
     settings = evaluation.settings
     results: dict[str, Any] = {
         "provenance": provenance(parts.model, model_path),
         "settings": evaluation.to_dict(),
     }
-    path = output / RESULTS
     report.save(path, results)
     if parts.texts:
         with progress_bar("Perplexity, documents", len(parts.texts)) as advance:

@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nsa.layers.head_norm import head_norm
 from nsa.layers.head_shape import check_heads
+from nsa.layers.inputs import check_inputs
 from nsa.layers.rotary import rotate
 
 # new keys and values [batch, kv_heads, seq, dim] -> all of them, the cached ones first
@@ -46,6 +47,7 @@ class DenseAttention(nn.Module):
         super().__init__()
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         check_heads(hidden_size, num_heads, num_kv_heads, head_dim, value_head_dim)
+        self.hidden_size, self.head_dim = hidden_size, head_dim
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
@@ -68,7 +70,8 @@ class DenseAttention(nn.Module):
 
         Args:
             hidden_states: ``[batch, seq, hidden_size]``; ``[1, tokens, hidden_size]`` when packed.
-            cos: of the tokens' positions, ``[batch or 1, seq, rotary_dim]``.
+            cos: of the tokens' positions, ``[batch or 1, seq, rotary_dim]`` or
+                ``[seq, rotary_dim]``.
             sin: like cos.
             lengths: tokens of each packed sequence; without a mask, torch has a fast kernel, and
                 sequences cost what they cost alone.
@@ -77,7 +80,18 @@ class DenseAttention(nn.Module):
 
         Returns:
             ``[batch, seq, hidden_size]``.
+
+        Raises:
+            ValueError: a shape or dtype does not fit; the message names the argument.
         """
+        check_inputs(
+            hidden_states,
+            cos,
+            sin,
+            hidden_size=self.hidden_size,
+            head_dim=self.head_dim,
+            dtype=self.q_proj.weight.dtype,
+        )
         q, k = self.queries_and_keys(hidden_states, cos, sin)
         v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, -1))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

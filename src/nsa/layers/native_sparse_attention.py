@@ -20,6 +20,7 @@ from nsa.config import NSAConfig
 from nsa.layers.compressor import Compressor
 from nsa.layers.head_norm import head_norm
 from nsa.layers.head_shape import check_heads
+from nsa.layers.inputs import check_inputs
 from nsa.layers.rotary import rotate
 
 # positions, integer [...] -> cos and sin [..., rotary_dim]
@@ -84,6 +85,7 @@ class NativeSparseAttention(nn.Module):
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         check_heads(hidden_size, num_heads, num_kv_heads, head_dim, value_head_dim)
         self.config = config
+        self.hidden_size, self.head_dim = hidden_size, head_dim
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.num_branches = 3 if kv_per_branch else 1
         kv_heads = self.num_branches * num_kv_heads
@@ -120,7 +122,8 @@ class NativeSparseAttention(nn.Module):
 
         Args:
             hidden_states: ``[batch, seq, hidden_size]``; ``[1, tokens, hidden_size]`` when packed.
-            cos: of the tokens' positions, ``[batch or 1, seq, rotary_dim]``.
+            cos: of the tokens' positions, ``[batch or 1, seq, rotary_dim]`` or
+                ``[seq, rotary_dim]``.
             sin: like cos.
             cu_seqlens: int32 ``[num_seqs + 1]`` of packed sequences.
             cache: receives the new tokens; what it holds comes before them. A cache that holds
@@ -133,8 +136,17 @@ class NativeSparseAttention(nn.Module):
             ``[batch, seq, hidden_size]``. Rows of padding are finite and mean nothing.
 
         Raises:
-            ValueError: a cache together with packed sequences, or without ``rotary``.
+            ValueError: a shape or dtype does not fit, the message names the argument; a cache
+                together with packed sequences, or without ``rotary``.
         """
+        check_inputs(
+            hidden_states,
+            cos,
+            sin,
+            hidden_size=self.hidden_size,
+            head_dim=self.head_dim,
+            dtype=self.q_proj.weight.dtype,
+        )
         if cache is not None and (cu_seqlens is not None or rotary is None):
             raise ValueError(
                 "cache: expected with a rotary and without cu_seqlens, got rotary "
@@ -148,7 +160,8 @@ class NativeSparseAttention(nn.Module):
             o = self._prefill(hidden_states, cos, sin, cache, counts)
         else:
             o = self._decode(hidden_states, cos, sin, cache, rotary, counts)
-        return self.o_proj(o.flatten(-2).view(*hidden_states.shape[:-1], -1))
+        o = o.flatten(-2)
+        return self.o_proj(o.view(*hidden_states.shape[:-1], o.shape[-1]))
 
     def branch_inputs(
         self, hidden_states: Tensor, cos: Tensor, sin: Tensor, *, cu_seqlens: Tensor | None = None
@@ -171,7 +184,7 @@ class NativeSparseAttention(nn.Module):
                     "hidden_states: expected [1, tokens, hidden_size] with cu_seqlens, got "
                     f"{list(hidden_states.shape)}."
                 )
-            hidden_states, cos, sin = hidden_states[0], cos[0], sin[0]
+            hidden_states, cos, sin = (x.view(x.shape[-2:]) for x in (hidden_states, cos, sin))
         q, gates, tokens = self._project(hidden_states, cos, sin)
         return self._with_compressed(q, gates, tokens, cos, sin, cu_seqlens)
 

@@ -166,7 +166,7 @@ def convert_folder(
 
     Raises:
         FileNotFoundError: as ``convert_from_dense``.
-        ValueError: ``output`` exists; and as ``convert_from_dense``.
+        ValueError: ``output`` exists, ``text`` has no two tokens; and as ``convert_from_dense``.
         OSError: the new folder cannot be written; nothing is left of it.
     """
     target = Path(output)
@@ -174,6 +174,11 @@ def convert_folder(
         raise ValueError(f"output: expected a new folder, but {target} exists. Name another one.")
     dense, tokenizer = load_model(source)
     ids: Any = tokenizer(_TEXT if text is None else text)["input_ids"]
+    if len(ids) < 2:
+        raise ValueError(
+            "text: expected at least 2 tokens, since each is predicted from those before it, got "
+            f"{len(ids)}. Compare the models on a longer text."
+        )
     limit = getattr(dense.config, "max_position_embeddings", len(ids))
     model, report = convert_from_dense(
         dense,

@@ -34,7 +34,7 @@ def tensor(name: str, x: object) -> None:
 
 
 def mode(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Rank 4 is a batch, rank 3 is packed with ``cu_seqlens``; at least one sequence either way."""
+    """Rank 4 is a batch, rank 3 is packed with ``cu_seqlens``; only tokens may be none at all."""
     tensor(name, x)
     if x.layout != torch.strided:
         raise ValueError(
@@ -50,6 +50,8 @@ def mode(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
             f"{name}: expected [batch, seq, heads, dim], or [tokens, heads, dim] with cu_seqlens, "
             f"got {describe(x)}."
         )
+    if 0 in x.shape[-2:]:
+        raise ValueError(f"{name}: expected at least one head and one channel, got {describe(x)}.")
     if x.dim() == 4 and cu_seqlens is not None:
         raise ValueError(
             f"cu_seqlens: expected None with a batch, but {name} is {describe(x)}. Drop "
@@ -101,10 +103,11 @@ def packed_lengths(cu_seqlens: Tensor | None, name: str, x: Tensor) -> None:
 def queries(q: Tensor, cu_seqlens: Tensor | None, q_offset: int) -> None:
     """Queries are a batch or packed; an offset is for batches only."""
     mode("q", q, cu_seqlens)
-    if q_offset < 0 or (q_offset and q.dim() == 3):
+    whole = isinstance(q_offset, int | torch.SymInt) and not isinstance(q_offset, bool)
+    if not whole or q_offset < 0 or (q_offset and q.dim() == 3):
         raise ValueError(
-            "q_offset: expected 0 with packed sequences and at least 0 with a batch, got "
-            f"{q_offset}."
+            "q_offset: expected an int, 0 with packed sequences and at least 0 with a batch, "
+            f"got {q_offset!r}."
         )
 
 
@@ -182,10 +185,12 @@ def compressed_keys(
 
 def geometry(compress_block_size: int, compress_stride: int) -> None:
     """Positive, the stride divides the block."""
-    if compress_stride < 1 or compress_block_size < 1 or compress_block_size % compress_stride:
+    positive("compress_block_size", compress_block_size)
+    positive("compress_stride", compress_stride)
+    if compress_block_size % compress_stride:
         raise ValueError(
-            "compress_block_size, compress_stride: expected positive integers, the stride dividing "
-            f"the block size, got {compress_block_size} and {compress_stride}."
+            "compress_stride: expected a divisor of compress_block_size = "
+            f"{compress_block_size}, got {compress_stride}."
         )
 
 

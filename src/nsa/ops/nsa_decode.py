@@ -28,8 +28,8 @@ def nsa_decode(
 ) -> Tensor:
     """Rows of ``nsa_attention`` for the last ``seq`` tokens of each sequence.
 
-    The keys of these tokens are already in the caches. Plain PyTorch on every device. It reads
-    ``seq_lens`` back to the host.
+    The keys of these tokens are already in the caches. For inference: it has no gradient. Plain
+    PyTorch on every device. It reads ``seq_lens`` back to the host.
 
     Args:
         q: rotated queries of the newest tokens ``[batch, seq, heads, Dk]``; row ``b``'s last query
@@ -51,6 +51,7 @@ def nsa_decode(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message names the argument.
+        NotImplementedError: in the backward.
     """
     checks.config(config)
     checks.queries(q, None, 0)
@@ -121,3 +122,13 @@ def nsa_decode_fwd(
 @nsa_decode_fwd.register_fake
 def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, seq_lens, geometry, softmax_scale):
     return q.new_empty(*q.shape[:-1], v_slc.shape[-1])
+
+
+def _backward(ctx, do):
+    raise NotImplementedError(
+        "nsa_decode: it is for inference and has no gradient. Train with nsa_attention on whole "
+        "sequences, without a filled cache; decode under torch.no_grad()."
+    )
+
+
+nsa_decode_fwd.register_autograd(_backward)

@@ -59,14 +59,15 @@ class TextModel:
             on_text: receives the pieces of the continuation in order.
             max_new_tokens: tokens to make at most; if None, 200 or what the positions leave.
             temperature: 0 takes the likeliest token every time.
-            top_p: mass of the likeliest tokens to sample from.
+            top_p: mass of the likeliest tokens to sample from; without effect at temperature 0.
             seed: makes sampling repeatable; seeds the global generators of torch and numpy.
 
         Returns:
             The whole continuation, token counts and seconds.
 
         Raises:
-            ValueError: the prompt is empty, or prompt and answer do not fit the model's positions.
+            ValueError: the prompt is empty or not UTF-8, or prompt and answer do not fit the
+                model's positions.
         """
         ids = self._ids(prompt)
         limit = self._num_new_tokens(len(ids), max_new_tokens)
@@ -100,6 +101,7 @@ class TextModel:
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, list):
             return prompt
+        check_text(prompt)
         ids: Any = self.tokenizer(prompt, verbose=False)["input_ids"]
         return ids
 
@@ -154,6 +156,7 @@ class Chat:
         has without them. A message that fails (too long alone, say) leaves the conversation as it
         was.
         """
+        check_text(message)
         messages = [*self.messages, {"role": "user", "content": message}]
         alone = self.loaded.room(self._prompt(messages[-1:]), max_new_tokens)
         while len(messages) > 1:
@@ -194,6 +197,20 @@ def read_prompt(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text, byte {error.start} is not.") from error
+
+
+def check_text(prompt: str) -> None:
+    """Refuses what stands for bytes of a command line or of standard input that are not UTF-8.
+
+    Raises:
+        ValueError: the text has such a character.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"prompt: expected UTF-8 text, got {prompt[error.start]!r} at character {error.start}."
+        ) from error
 
 
 class _Streamer(TextStreamer):
