@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nsa.bench.results import Row, group_size, is_grouped, latest, with_speedup
-from nsa.train.files import naming
+from nsa.train.files import replacing
 
 try:
     from matplotlib.axes import Axes
@@ -134,13 +134,8 @@ def _write(figure: Figure, output: Path) -> None:
     # Without a date, so that the same rows give the same file.
     metadata = {"Date": None} if output.suffix == ".svg" else None
     figure.savefig(picture, format=output.suffix.removeprefix("."), metadata=metadata)
-    staged = output.with_name(f".{output.name}.partial")
-    try:
-        with naming(output):
-            staged.write_bytes(picture.getvalue())
-        staged.replace(output)
-    finally:
-        staged.unlink(missing_ok=True)
+    with replacing(output) as staged:
+        staged.write_bytes(picture.getvalue())
 
 
 def _line(row: Row) -> str:

@@ -24,7 +24,7 @@ from nsa.config import NSAConfig
 from nsa.layers import NativeSparseAttention
 from nsa.models.saving import write_errors
 from nsa.serve import text as text_models
-from nsa.train.files import naming
+from nsa.train.files import replacing
 
 # Tensors whose second dimension is the position of a token.
 BY_TOKEN = ("q", "k_tokens", "v_tokens", "k_slc", "v_slc", "k_win", "v_win", "gates")
@@ -66,16 +66,11 @@ def capture(
     with torch.no_grad(), _inputs_of(attention) as found:
         loaded.model(input_ids=torch.tensor([ids], device=device), use_cache=False)
     metadata = {"config": json.dumps(asdict(config)), "layer": str(layer), "model": model.name}
-    staged = output.with_name(f".{output.name}.partial")
     output.parent.mkdir(parents=True, exist_ok=True)
     # Copies, since branches may share their keys and a file may not.
     copies = {name: x.cpu().contiguous().clone() for name, x in found.items()}
-    try:
-        with naming(output), write_errors():
-            save_file(copies, staged, metadata)
-        staged.replace(output)
-    finally:
-        staged.unlink(missing_ok=True)
+    with replacing(output) as staged, write_errors():
+        save_file(copies, staged, metadata)
     return shape(output)
 
 

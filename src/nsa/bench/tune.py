@@ -30,6 +30,7 @@ from nsa.ops.launch import tuned
 from nsa.ops.launch.tiles import heads
 from nsa.ops.launch.token_attention import token_attention_fwd
 from nsa.ops.launch.tuned import Tile
+from nsa.train.files import write_text
 
 Step = Callable[[], tuple[Tensor, ...]]
 Entry = dict[str, Any]
@@ -277,7 +278,4 @@ def write_table(path: Path, table: dict[str, list[Entry]]) -> None:
     for kernel, entries in table.items():
         lines = ",\n".join(f"    {json.dumps(entry)}" for entry in entries)
         parts.append(f"  {json.dumps(kernel)}: [\n{lines}\n  ]")
-    temporary = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")

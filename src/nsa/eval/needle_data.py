@@ -10,7 +10,7 @@ from pathlib import Path
 from nsa.eval.haystack import Haystack
 from nsa.eval.progress import progress_bar
 from nsa.train.documents import find_files, read_documents
-from nsa.train.files import naming
+from nsa.train.files import replacing
 from nsa.train.tokenizer import load_tokenizer
 
 
@@ -44,18 +44,13 @@ def write_documents(path: Path, documents: Iterable[str], *, num_documents: int)
     if path.suffix != ".jsonl":
         raise ValueError(f"--output: expected a name that ends in .jsonl, got {path}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.partial")
-    try:
-        with (
-            naming(path),
-            staged.open("w", encoding="utf-8") as file,
-            progress_bar("Documents", num_documents) as advance,
-        ):
-            for index, text in enumerate(documents, start=1):
-                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-                advance(index)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with (
+        replacing(path) as staged,
+        staged.open("w", encoding="utf-8") as file,
+        progress_bar("Documents", num_documents) as advance,
+    ):
+        for index, text in enumerate(documents, start=1):
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            advance(index)
+        file.flush()
+        os.fsync(file.fileno())

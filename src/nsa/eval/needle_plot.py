@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nsa.eval.needle_scores import NeedleCell
-from nsa.train.files import naming
+from nsa.train.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,10 +70,5 @@ def save_heat_map(cells: Sequence[NeedleCell], path: Path, *, title: str) -> Non
         if column == 0:
             axes.set_ylabel("depth of the needle")
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.partial")
-    try:
-        with naming(path):
-            figure.savefig(staged, format="png", dpi=150)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with replacing(path) as staged:
+        figure.savefig(staged, format="png", dpi=150)

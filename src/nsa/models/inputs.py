@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache
 
 from nsa.models.batching import find_packing
+from nsa.ops.checks import describe
 
 # What callers of transformers' models pass along, and what needs no action here.
 _ACCEPTED = frozenset(
@@ -60,7 +61,7 @@ def check_ids(name: str, ids: Tensor, vocab_size: int, *, ignored: int = 0) -> N
     """Integers ``[batch, seq]`` of the vocabulary, ``ignored`` apart."""
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"{name}: expected int64 [batch, seq], got {_named(ids)}. Cast it with .long(), and "
+            f"{name}: expected int64 [batch, seq], got {describe(ids)}. Cast it with .long(), and "
             "give one text the shape [1, seq]."
         )
     # On a GPU the embedding itself asserts, and asking here would wait for the GPU.
@@ -79,7 +80,7 @@ def check_embeds(inputs_embeds: Tensor, hidden_size: int) -> None:
     if len(shape) != 3 or shape[2] != hidden_size or not inputs_embeds.is_floating_point():
         raise ValueError(
             f"inputs_embeds: expected floats [batch, seq, hidden_size = {hidden_size}], got "
-            f"{_named(inputs_embeds)}."
+            f"{describe(inputs_embeds)}."
         )
 
 
@@ -87,11 +88,7 @@ def check_labels(labels: Tensor, given: Tensor | None, vocab_size: int) -> None:
     """Ids like the input, ``given`` or None, or -100."""
     if given is not None and labels.shape != given.shape[:2]:
         raise ValueError(
-            f"labels: expected int64 {list(given.shape[:2])} like the input, got {_named(labels)}. "
-            "They are shifted here: pass the input's own tokens."
+            f"labels: expected int64 {list(given.shape[:2])} like the input, got "
+            f"{describe(labels)}. They are shifted here: pass the input's own tokens."
         )
     check_ids("labels", labels, vocab_size, ignored=-100)
-
-
-def _named(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"

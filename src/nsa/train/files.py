@@ -1,6 +1,6 @@
 """Writing that an interruption cannot leave half done: a temporary name, then a rename.
 
-Not a storage layer: three helpers that training, evaluation and reports share.
+Not a storage layer: a few helpers that training, evaluation and reports share.
 """
 
 from __future__ import annotations
@@ -25,12 +25,29 @@ def write_text(path: Path, text: str) -> None:
         >>> write_text(Path("runs/a/note.txt"), "done")
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as staged, staged.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, which the file that the block writes there then replaces.
+
+    A block that fails leaves ``path`` as it was and nothing beside it.
+
+    Raises:
+        OSError: the block's, naming ``path`` where it named no file.
+
+    Example:
+        >>> with replacing(Path("look.png")) as staged:
+        ...     figure.savefig(staged, format="png")
+    """
     staged = path.with_name(f".{path.name}.partial")
     try:
-        with naming(path), staged.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with naming(path):
+            yield staged
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
