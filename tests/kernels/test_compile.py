@@ -44,7 +44,6 @@ SPILLING = {
     "group4-d128/sm_90/forward/token_attention_fwd_kernel",
     "group4-d128/sm_90/backward/dq_kernel",
     "group4-d128/sm_90/backward/range_dkv_kernel",
-    "group12-d192/sm_90/backward/range_dkv_kernel",
 }
 
 

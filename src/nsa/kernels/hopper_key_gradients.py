@@ -387,9 +387,9 @@ def hopper_range_dkv_kernel(
         key_0 = c_0
         count = gl.maximum(n_k - block + stride, 0) // stride
         until = n_q
-    first = gl.maximum(gl.maximum(s_0 + block - 1 - q_offset, 0), i_part * segment)
-    first = first // tokens * tokens
-    last = gl.minimum(until, (i_part + 1) * segment)
+    # Of the queries that see the tile, a segment.
+    first = gl.maximum(s_0 + block - 1 - q_offset, 0) + i_part * segment
+    last = gl.minimum(until, first + segment)
     steps = gl.maximum(last - first + tokens - 1, 0) // tokens
     clear = (n_0 + 127) * stride + block - 1  # The first query that sees every key.
     masked = gl.maximum(clear - q_offset - first + tokens - 1, 0) // tokens

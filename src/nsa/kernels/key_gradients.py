@@ -2,7 +2,8 @@
 
 Every program owns its keys, so nothing is added atomically and two runs agree bit for bit.
 Compressed keys are seen by all later queries and selected blocks by an uneven number, so both are
-cut into segments of queries whose float32 partial sums a last kernel adds in order.
+cut into segments of queries whose float32 partial sums are added in order. So are tiles of window
+keys where they are few.
 """
 
 import triton
@@ -135,9 +136,9 @@ def range_dkv_kernel(
     else:
         low = s_0 + BLOCK - 1
         high = q_offset + n_q
-    low = tl.maximum(tl.maximum(low - q_offset, 0), tl.program_id(2) * segment)
-    high = tl.minimum(high - q_offset, (tl.program_id(2) + 1) * segment)
-    low = low // BQ * BQ
+    # Of the queries that see the tile, a segment.
+    low = tl.maximum(low - q_offset, 0) + tl.program_id(2) * segment
+    high = tl.minimum(high - q_offset, low + segment)
     for t in range(low, high, BQ):
         o_t = t + o_m // GP
         o_g = o_m % GP

@@ -97,6 +97,7 @@ def whole_rounds(tiles: int, num_kv_heads: int, device: torch.device) -> int:
     return tiles // unit * unit or tiles
 
 
+@cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 

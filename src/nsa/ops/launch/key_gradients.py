@@ -54,15 +54,22 @@ class Rows:
         return hopper.descriptors(self.q, self.do, branch.k, branch.v, self.values, group)
 
 
-PART = 1024  # Queries of a selected block whose sums one program adds up.
-# Programs that keep a GPU busy: compressed keys are few, so their queries are cut into segments.
-MIN_PROGRAMS, MIN_SEGMENT = 2048, 256
+# Queries of a selected block whose sums one program adds up, for each of its sums. All queries
+# choose the first block: in parts, its list takes no longer than the others.
+MIN_PART, PART = 64, 1024
+# Programs that keep a GPU busy. Compressed keys are few, and the first have the most queries.
+ENOUGH_PROGRAMS, ENOUGH_UNEVEN_PROGRAMS = 192, 2048
+MIN_SEGMENT, MAX_PARTS = 64, 64
 
 
-def segment_size(num_queries: int, key_tiles: int) -> int:
-    """Queries that one program of a tile of compressed keys walks: a power of two."""
-    parts = max(1, MIN_PROGRAMS // max(1, key_tiles))
-    return max(MIN_SEGMENT, next_power_of_2(ceil_div(num_queries, parts)))
+def segment_size(num_queries: int, programs: int, uneven: bool) -> int:
+    """Queries that one program of a tile of keys walks, where a tile has ``num_queries`` at most.
+
+    ``programs`` are those with one for each tile; if they are few, the queries are cut.
+    """
+    enough = ENOUGH_UNEVEN_PROGRAMS if uneven else ENOUGH_PROGRAMS
+    parts = min(MAX_PARTS, max(1, enough // max(1, programs)))
+    return max(1, ceil_div(ceil_div(num_queries, parts), MIN_SEGMENT)) * MIN_SEGMENT
 
 
 def range_dkv(
@@ -80,11 +87,14 @@ def range_dkv(
     block, stride = (
         (geometry.compress_block_size, geometry.compress_stride) if compressed else (1, 1)
     )
-    segment, num_parts = EVERYTHING, 1
-    if compressed and q.numel():
-        segment = segment_size(q.shape[-3], ceil_div(branch.k.numel(), keys * sizes["DK"]))
-        num_parts = ceil_div(q.shape[-3], segment)
-    dtype = torch.float32 if compressed else q.dtype
+    window = 0 if compressed else geometry.window_size
+    num_tokens = q.shape[-3] + geometry.q_offset if compressed else branch.k.shape[-3]
+    tiles = QueryTiles.of(q, geometry.cu_seqlens, keys * stride, num_tokens)
+    # Queries that see a tile, at most.
+    seen = q.shape[-3] if compressed else min(q.shape[-3], keys - 1 + window)
+    segment = segment_size(seen, tiles.num_tiles * sizes["K"], uneven=compressed)
+    num_parts = max(1, ceil_div(seen, segment))
+    dtype = torch.float32 if num_parts > 1 else q.dtype
     # Programs write all keys of their tiles, but slots no sequence fills, and keys behind those
     # that queries reach, keep a gradient of zero.
     reached = (geometry.q_offset + q.shape[-3] - block) // stride + 1
@@ -93,8 +103,6 @@ def range_dkv(
     dk = make(num_parts, *branch.k.shape, dtype=dtype, device=q.device)
     dv = make(num_parts, *branch.v.shape, dtype=dtype, device=q.device)
     if q.numel() and branch.k.numel():
-        num_tokens = q.shape[-3] + geometry.q_offset if compressed else branch.k.shape[-3]
-        tiles = QueryTiles.of(q, geometry.cu_seqlens, keys * stride, num_tokens)
         grid = (tiles.num_tiles, sizes["K"], num_parts)
         common = {
             "dk_ptr": dk,
@@ -109,7 +117,6 @@ def range_dkv(
             "part_dk": branch.k.numel(),
             "part_dv": branch.v.numel(),
         }
-        window = 0 if compressed else geometry.window_size
         if on_hopper:
             fast = hopper.range_arguments(sizes, block, stride, window)
             launch(hopper_range_dkv_kernel, grid, **rows.descriptors(branch), **common, **fast)
@@ -118,7 +125,7 @@ def range_dkv(
             plain |= shape._asdict()
             launch(range_dkv_kernel, grid, **rows.arguments(branch), **common, **plain)
     if num_parts == 1:
-        return dk[0].to(q.dtype), dv[0].to(q.dtype)
+        return dk[0], dv[0]
     return dk.sum(0).to(q.dtype), dv.sum(0).to(q.dtype)
 
 
@@ -139,9 +146,11 @@ def selected_dkv(rows: Rows, branch: Branch, geometry: Geometry) -> tuple[Tensor
     blocks = QueryTiles.of(q, geometry.cu_seqlens, size, num_keys)
     entries, entry_offsets = invert(branch.block_indices, q, blocks, num_keys)
     on_hopper = size == 64 and hopper.applies(q, branch.v, sizes)
-    sums, part = (2, 2 * PART) if on_hopper else (1, PART)
+    sums = 2 if on_hopper else 1
+    num_entries = branch.block_indices.numel()
+    part = sums * min(PART, max(MIN_PART, next_power_of_2(num_entries // 1024)))
     num_lists = num_kv_heads * blocks.num_tiles
-    max_parts = num_lists + branch.block_indices.numel() // part
+    max_parts = num_lists + num_entries // part
     parts_k, parts_v = (
         q.new_empty(sums * max_parts, size, sizes[dim], dtype=torch.float32) for dim in ("DK", "DV")
     )

@@ -46,7 +46,12 @@ def tile(kernel: str, sizes: dict[str, int], like: Tensor) -> Tile:
 
 def capability(like: Tensor) -> int:
     """Major compute capability of the GPU that holds a tensor: 9 for Hopper, 0 without a GPU."""
-    return torch.cuda.get_device_capability(like.device)[0] if like.is_cuda else 0
+    return _major(like.device) if like.is_cuda else 0
+
+
+@cache  # Each layer asks a dozen times, and PyTorch's answer takes longer than a launch has.
+def _major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _measured(kernel: str, sizes: dict[str, int], like: Tensor) -> Tile | None:
