@@ -60,6 +60,7 @@ def test_lengths_that_a_provider_cannot_do_are_left_out():
         ({"shape": "big"}, "shape: expected one of tiny, laptop, .*, got 'big'"),
         ({"dtype": "fp32"}, "dtype: expected one of float32, .*, got 'fp32'"),
         ({"providers": ("kernel",)}, "provider: kernel runs on cuda, but the device is cpu"),
+        ({"graph": True}, "graph: expected a GPU, got cpu"),
         ({"seq_lens": (8,)}, "seq_len: expected at least one compressed block = 16 tokens, got 8"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -1,8 +1,9 @@
 import time
 
+import pytest
 import torch
 
-from nsa.bench.timing import peak_memory_bytes, time_call
+from nsa.bench.timing import as_graph, peak_memory_bytes, time_call
 
 CPU = torch.device("cpu")
 
@@ -23,6 +24,18 @@ def test_slow_calls_run_three_times():
     calls = []
     time_call(lambda: calls.append(time.sleep(0.01)), CPU, repeat_ms=1)
     assert len(calls) == 1 + 3
+
+
+@pytest.mark.gpu
+def test_a_graph_does_what_the_call_does():
+    x = torch.zeros(3, device="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        call = as_graph(lambda: x.add_(1))
+        before = x.clone()
+        call()
+        call()
+    torch.cuda.synchronize()
+    assert torch.equal(x, before + 2)
 
 
 def test_peak_memory_is_what_a_call_needs_on_top():

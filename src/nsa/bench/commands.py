@@ -12,12 +12,13 @@ from rich.console import Console
 bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 
 RESULTS = Path("results/ops.jsonl")
+GRAPHS = Path("results/graphs.jsonl")
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 ...; a GPU if there is one by default.")
 ]
 BenchShape = Annotated[
     str | None,
-    typer.Option(help="tiny, laptop, paper-d128, paper, million or group-1, -2, -4, -8."),
+    typer.Option(help="tiny, laptop, 100m, paper-d128, paper, million or group-1, -2, -4, -8."),
 ]
 
 
@@ -58,7 +59,13 @@ def bench_ops(  # noqa: PLR0913 - a parameter is an option here
     dtype: Annotated[str | None, typer.Option(help="bfloat16 on CUDA, else float32.")] = None,
     device: Device = None,
     quick: Annotated[bool, typer.Option("--quick", help="Seconds: tiny, few repeats.")] = False,
-    output: Annotated[Path, typer.Option(help="JSON lines to append to.")] = RESULTS,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Start each call as one CUDA graph.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help=f"JSON lines to append to; {RESULTS}, of graphs {GRAPHS}."),
+    ] = None,
 ) -> None:
     """Time every operation against its alternatives, after checking that each is right.
 
@@ -78,8 +85,9 @@ def bench_ops(  # noqa: PLR0913 - a parameter is an option here
         seq_lens=tuple(seq_len or ()),
         dtype=dtype,
         quick=quick,
+        graph=graph,
     )
-    if not run_and_report(plan, output, Console()):
+    if not run_and_report(plan, output or (GRAPHS if graph else RESULTS), Console()):
         raise typer.Exit(1)
 
 

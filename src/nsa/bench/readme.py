@@ -70,14 +70,18 @@ def operations_table(root: Path) -> str:
     rows = [row for row in _rows(root) if not is_grouped(row)]
     if not rows:
         return MISSING
-    # GPUs first: the threads of a row are those of a CPU.
-    setups = dict.fromkeys(
-        _setup(row) for row in sorted(rows, key=lambda row: bool(row.get("threads")))
-    )
     return "\n\n".join(
         "\n\n".join((_caption(part), _times(part, *TOKENS), MEMORY, _memory(part, *TOKENS)))
-        for part in ([row for row in rows if _setup(row) == setup] for setup in setups)
+        for part in _by_setup(rows)
     )
+
+
+def graphs_table(root: Path) -> str:
+    """The whole layer beside dense attention, each started as one CUDA graph."""
+    rows = _rows(root, "graphs.jsonl")
+    if not rows:
+        return "Nothing is measured yet: run `nsa bench ops --graph`, then `nsa bench table`."
+    return "\n\n".join(f"{_caption(part)}\n\n{_times(part, *TOKENS)}" for part in _by_setup(rows))
 
 
 def groups_table(root: Path) -> str:
@@ -152,16 +156,20 @@ SHOWN = ("dense_attention", "pipeline", "shared_pipeline")  # In the order of a 
 TOKENS = ("tokens", lambda row: row["seq_len"])
 
 
-def _rows(root: Path) -> list[Row]:
-    path = root / "results" / "ops.jsonl"
+def _rows(root: Path, name: str = "ops.jsonl") -> list[Row]:
+    path = root / "results" / name
     if not path.exists():
         return []
     rows = [row for row in read(path) if not row["quick"] and row["operation"] in SHOWN]
     return with_speedup(latest(rows))
 
 
-def _setup(row: Row) -> tuple[str, ...]:
-    return row["device"], row["dtype"], row["shape"]
+def _by_setup(rows: list[Row]) -> list[list[Row]]:
+    """Rows of each device, dtype and shape, those of GPUs first: only a CPU's have threads."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: bool(row.get("threads"))):
+        found.setdefault((row["device"], row["dtype"], row["shape"]), []).append(row)
+    return list(found.values())
 
 
 def _caption(rows: list[Row], heads: bool = True) -> str:
@@ -228,6 +236,7 @@ def _column(row: Row) -> str:
 PARTS: dict[str, Callable[[Path], str]] = {
     "tree": source_tree,
     "operations": operations_table,
+    "graphs": graphs_table,
     "groups": groups_table,
     "demo": demo_table,
     "needle": needle_table,

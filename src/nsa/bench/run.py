@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from nsa.bench.operations import MODES, OPERATIONS
 from nsa.bench.providers import PROVIDERS
 from nsa.bench.results import WIDE, Row, append, terminal_table
 from nsa.bench.shapes import SHAPES, Shape
-from nsa.bench.timing import Call, peak_memory_bytes, time_call
+from nsa.bench.timing import Call, as_graph, peak_memory_bytes, time_call
 from nsa.bench.workloads import (
     COMPRESSORS,
     TRACE,
@@ -57,8 +58,11 @@ class Case(NamedTuple):
 class Plan:
     """What to measure. Empty fields mean: whatever fits the device, see ``resolve``.
 
+    ``graph``: each call as one CUDA graph, which shows what the device needs where the host is
+    slower at starting kernels than the device at running them.
+
     Raises:
-        ValueError: a name is unknown; the message lists those known.
+        ValueError: a name is unknown; the message lists those known. Or there is no GPU for graphs.
     """
 
     device: torch.device
@@ -71,6 +75,7 @@ class Plan:
     compressors: tuple[str, ...] = ()
     dtype: str | None = None
     quick: bool = False
+    graph: bool = False
     one_length: bool = False
 
     def __post_init__(self) -> None:
@@ -91,6 +96,8 @@ class Plan:
                 "workload: expected at most one trace:FILE, and then no shape: the file has its "
                 f"own. Got {', '.join(self.workloads)} and shape {self.shape}."
             )
+        if self.graph and self.device.type != "cuda":
+            raise ValueError(f"graph: expected a GPU, got {self.device}.")
         for name in self.providers:
             devices = PROVIDERS[name].devices
             if self.device.type not in devices:
@@ -196,6 +203,7 @@ def measure(plan: Plan, cases: Iterable[Case]) -> Iterator[Row]:
     errors: dict[Case, float] = {}
     for case in cases:
         row: Row = {**case._asdict(), "shape": shape.name, "dtype": dtype, "quick": plan.quick}
+        row["graph"] = plan.graph
         row["workload"] = case.workload.split(":")[0]
         try:
             # The check does not depend on the length.
@@ -261,8 +269,10 @@ def _measure(case: Case, shape: Shape, dtype: torch.dtype, plan: Plan) -> Row:
     tensors, shown, share = inputs(case, shape, dtype, device)
     # Before the outputs of a forward are kept for its backward to be timed.
     memory = peak_memory_bytes(whole_call(case, tensors, shape), device)
-    timed, outputs = timed_call(case, tensors, shape)
-    times = time_call(timed, device, repeat_ms=20 if plan.quick else 200)
+    with torch.cuda.stream(torch.cuda.Stream(device)) if plan.graph else nullcontext():
+        timed, outputs = timed_call(case, tensors, shape)
+        timed = as_graph(timed) if plan.graph else timed
+        times = time_call(timed, device, repeat_ms=20 if plan.quick else 200)
     return {
         **times._asdict(),
         "peak_memory_bytes": memory,

@@ -52,6 +52,15 @@ SHAPES = {
             value_dim=64,
             seq_lens=(1024, 2048, 4096),
         ),
+        # A layer of configs/100m-16k.yaml.
+        Shape(
+            name="100m",
+            num_heads=16,
+            num_kv_heads=1,
+            key_dim=64,
+            value_dim=64,
+            seq_lens=(1024, 2048, 4096, 8192, 16384),
+        ),
         # The paper's heads (section 4.1) at the width every dense kernel supports.
         Shape(
             name="paper-d128",

@@ -45,6 +45,22 @@ def time_call(call: Call, device: torch.device, *, repeat_ms: int) -> Times:
     return Times(*quantiles.tolist())
 
 
+def as_graph(call: Call) -> Call:
+    """``call`` as a CUDA graph on the current stream, which starts all of its kernels at once.
+
+    The stream must not be the default one, and the forward of a backward must have run on it.
+
+    Raises:
+        RuntimeError: the call cannot be captured, such as one that waits for the device.
+    """
+    for _ in range(3):
+        call()  # What happens only at first: compilation, caches.
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        call()
+    return graph.replay
+
+
 def peak_memory_bytes(call: Call, device: torch.device) -> int | None:
     """Memory that ``call`` needs at its peak on top of what is held before it.
 
