@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from nsa.bench.workloads import Tensors
@@ -118,7 +119,9 @@ def _attend(tensors: Tensors, branch: str, blocks: Tensor, visible: MaskMod) -> 
 
     def call() -> tuple[Tensor, ...]:
         swapped_q, swapped_k, swapped_v = (x.transpose(1, 2) for x in (q, k, v))
-        o = attend(swapped_q, swapped_k, swapped_v, block_mask=mask, enable_gqa=True)
+        # Donated buffers would allow one backward only, and it is timed many times.
+        with functorch_config.patch(donated_buffer=False):
+            o = attend(swapped_q, swapped_k, swapped_v, block_mask=mask, enable_gqa=True)
         assert isinstance(o, Tensor), "without return_lse there is one output"
         return (o.transpose(1, 2),)
 
