@@ -14,6 +14,7 @@ from tests.train import tiny
 
 import nsa_command
 from nsa import cli
+from nsa.train import checkpoint
 
 # Where the tests run in the background, Ctrl-C is ignored from the start.
 SCRIPT = """
@@ -26,7 +27,7 @@ main()
 
 def start(*command: str, **options: object) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **pipes, **options)
+    return subprocess.Popen(command, **(pipes | options))
 
 
 def test_ctrl_c_while_torch_is_imported():
@@ -50,13 +51,21 @@ def test_commands_run_under_the_handler_that_was_there(monkeypatch, handler):
     assert seen == [handler]
 
 
+def start_training(
+    folder: Path, *, stderr: int = subprocess.PIPE, **training: object
+) -> subprocess.Popen[str]:
+    """A tiny run in ``folder / "run"``, at its first step."""
+    tiny.write_corpus(folder)
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(tiny.settings(folder, Path("run"), **training)))
+    process = start(sys.executable, "-c", SCRIPT, "train", str(config), cwd=folder, stderr=stderr)
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("step 1/"))
+    return process
+
+
 def test_ctrl_c_in_training_saves_and_says_how_to_go_on(tmp_path):
-    tiny.write_corpus(tmp_path)
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(tiny.settings(tmp_path, Path("run"), max_steps=100_000)))
-    with start(sys.executable, "-c", SCRIPT, "train", str(config), cwd=tmp_path) as process:
-        assert process.stdout is not None
-        next(line for line in process.stdout if line.startswith("step 1/"))
+    with start_training(tmp_path, max_steps=100_000) as process:
         process.send_signal(signal.SIGINT)
         shown, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -65,3 +74,25 @@ def test_ctrl_c_in_training_saves_and_says_how_to_go_on(tmp_path):
     assert (tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors").is_file()
     assert shown.endswith("Go on with the same command and --resume.\n")
     assert errors == "Interrupted.\n"
+
+
+def test_training_goes_on_when_nobody_reads_its_output(tmp_path):
+    with start_training(tmp_path, max_steps=20) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 0
+    assert errors == "Nobody reads the output any more. The run goes on without it.\n"
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_ctrl_c_that_ended_tee_too_still_saves(tmp_path):
+    settings = {"max_steps": 100_000, "save_every": 100_000}
+    with start_training(tmp_path, stderr=subprocess.STDOUT, **settings) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    ((_, saved),) = checkpoint.list_checkpoints(tmp_path / "run")
+    assert checkpoint.damage(saved) is None

@@ -199,9 +199,10 @@ def train(
     Several devices: torchrun --nproc-per-node N --no-python nsa train CONFIG.
     """
     from nsa.train.config import load_config
+    from nsa.train.progress import LastingConsole
     from nsa.train.run import train as run_training
 
-    console = Console(highlight=False)
+    console = LastingConsole(highlight=False)
     result = run_training(load_config(config, overrides or ()), resume=resume, console=console)
     leads = True
     if torch.distributed.is_initialized():
@@ -368,7 +369,7 @@ def demo(
     from nsa.demo import DemoDidNotLearn, DemoStopped, run_demo
 
     try:
-        run_demo(output, console=Console(highlight=False))
+        run_demo(output)
     except DemoStopped as stopped:
         raise typer.Exit(128 + stopped.signal_number) from None
     except DemoDidNotLearn as failure:

@@ -193,7 +193,7 @@ def test_a_model_that_did_not_learn_is_a_failure_with_a_report(done):
 
 
 def test_command_fails_if_the_model_did_not_learn(monkeypatch):
-    def fail(folder, console):
+    def fail(folder):
         raise DemoDidNotLearn("The sparse model did not learn.")
 
     monkeypatch.setattr("nsa.demo.run_demo", fail)
@@ -210,7 +210,7 @@ def test_unigram_entropy_of_known_counts():
 
 
 def test_command_ends_like_a_program_that_was_interrupted(monkeypatch):
-    def stop(folder, console):
+    def stop(folder):
         raise DemoStopped(signal.SIGINT)
 
     monkeypatch.setattr("nsa.demo.run_demo", stop)

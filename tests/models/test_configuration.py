@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from tests.models.small import small_config
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -121,6 +122,11 @@ def test_heads_and_widths_fill_themselves_in():
             id="factor",
         ),
         pytest.param(
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2, "truncate": "maybe"}},
+            "rope_parameters.truncate: expected true or false, got 'maybe'",
+            id="truncate",
+        ),
+        pytest.param(
             {"rope_theta": 0}, "rope_parameters.rope_theta: expected a positive number", id="theta"
         ),
         pytest.param(
@@ -131,6 +137,12 @@ def test_heads_and_widths_fill_themselves_in():
         pytest.param(
             {"partial_rotary_factor": 2.0}, "partial_rotary_factor: expected at most 1", id="part"
         ),
+        pytest.param(
+            {"dtype": "foo"}, "^dtype: expected a floating dtype .* or none, got 'foo'", id="dtype"
+        ),
+        pytest.param({"torch_dtype": "nn"}, "^dtype: expected .* got 'nn'", id="dtype-older-name"),
+        pytest.param({"dtype": 3}, "^dtype: expected .* got 3", id="dtype-int"),
+        pytest.param({"dtype": torch.int8}, r"^dtype: expected .* got torch\.int8", id="int8"),
     ],
 )
 def test_bad_values(changes, message):
@@ -142,6 +154,12 @@ def test_what_odd_heads_and_older_files_may_say():
     rope = {"rope_type": "default", "partial_rotary_factor": 0.4}
     assert small_config(head_dim=15, rope_parameters=rope).head_dim == 15
     assert small_config(pad_token_id=-1).pad_token_id is None
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["bfloat16", torch.bfloat16])
+def test_dtypes_by_name_and_by_value(name, value):
+    assert small_config(**{name: value}).dtype == torch.bfloat16
 
 
 def test_numbers_in_strings_as_yaml_reads_them(tmp_path):

@@ -116,6 +116,17 @@ def test_there_are_examples() -> None:
             "tokenizer", {"load": "x"}, r"tokenizer: expected exactly one of", id="two-tokenizers"
         ),
         pytest.param("tokenizer", {"vocab_size": None}, r"expected exactly one of", id="none"),
+        pytest.param("model", {1: 2}, r"^model: expected a mapping of settings", id="no-name"),
+        pytest.param(
+            "model",
+            {"dtype": "bfloat16"},
+            r"^model\.dtype: expected a setting of the model, .* set training\.precision\.$",
+            id="dtype",
+        ),
+        pytest.param("model", {"id2label": "x"}, r"model\.id2label: .*Leave it out", id="label"),
+        pytest.param(
+            "model", {"num_labels": "x"}, r"model\.num_labels: .*Leave it out", id="labels"
+        ),
     ],
 )
 def test_mistakes_are_named(section: str | None, change: dict[str, Any], message: str) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from tests.train import tiny
 from transformers import AutoModelForCausalLM
 
-from nsa.train.config import TrainConfig
+from nsa.train.config import TrainConfig, load_config
 from nsa.train.run import TrainResult, train
 
 QUIET = Console(quiet=True)
@@ -32,6 +32,7 @@ def test_a_run_starts_from_another_model(
         for folder in (first, result.model_dir)
     )
     assert after.config.to_diff_dict() == before.config.to_diff_dict()
+    assert load_config(tmp_path / "next" / "config.yaml").model["hidden_size"] == 16
 
     # The first model is not needed to go on.
     shutil.rmtree(first)

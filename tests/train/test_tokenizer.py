@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from tests.disk import cut_to_half
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from nsa.models import loading
 from nsa.train import tokenizer as module
 from nsa.train.tokenizer import (
     END_OF_TEXT,
@@ -142,8 +144,12 @@ def test_tokenizer_cut_to_half_its_size(name: str, tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_tokenizer_that_tokenizers_cannot_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("load", [load_tokenizer, loading.load_tokenizer], ids=["train", "model"])
+def test_tokenizer_that_tokenizers_cannot_read(load: Any, tmp_path: Path) -> None:
     train_tokenizer(["a fish"], vocab_size=270).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer: expected a folder with tokenizer\.json"):
-        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer: expected a folder with .*cannot be read"):
+        load(tmp_path)
+    cut_to_half(tmp_path / "tokenizer_config.json")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: expected JSON, .* cut short"):
+        load(tmp_path)

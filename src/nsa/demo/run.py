@@ -30,6 +30,7 @@ from nsa.models import load_model
 from nsa.serve.text import TextModel
 from nsa.train import checkpoint
 from nsa.train.files import write_text
+from nsa.train.progress import LastingConsole
 from nsa.train.run import TrainResult, train
 from nsa.train.tokenizer import encode_documents
 from nsa.train.validation import PositionLosses, consecutive_pieces, position_losses
@@ -90,7 +91,7 @@ def run_demo(
         PosixPath('runs/demo/report.html')
     """
     settings = settings or DemoSettings()
-    console = console or Console(highlight=False)
+    console = console or LastingConsole(highlight=False)
     try:
         return _demo(folder, settings, console)
     except (KeyboardInterrupt, DemoStopped, checkpoint.CheckpointError):

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import Any, ClassVar
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -43,9 +44,13 @@ _ROPE_TYPES = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-# What transformers itself writes into config.json or passes on, and older names it translates.
-_OF_TRANSFORMERS = frozenset(
+# Older names of the rotary values, which transformers translates.
+_TRANSLATED = frozenset({"partial_rotary_factor", "rope_scaling", "rope_theta"})
+# What transformers itself writes into config.json or passes on: it says how a model is loaded or
+# shown, and nothing of the model.
+OF_TRANSFORMERS = frozenset(
     {
+        *(field.name for field in fields(PreTrainedConfig)),
         "_attn_implementation_internal",
         "_commit_hash",
         "_experts_implementation_internal",
@@ -57,10 +62,7 @@ _OF_TRANSFORMERS = frozenset(
         "name_or_path",
         "num_labels",
         "output_attentions",
-        "partial_rotary_factor",
         "quantization_config",
-        "rope_scaling",
-        "rope_theta",
         "torch_dtype",
     }
 )
@@ -144,7 +146,7 @@ class NSAModelConfig(PreTrainedConfig):
     window_size: int = 512
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._check_keys(set(kwargs) - _OF_TRANSFORMERS)
+        self._check_keys(set(kwargs) - OF_TRANSFORMERS - _TRANSLATED)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -165,13 +167,15 @@ class NSAModelConfig(PreTrainedConfig):
         self.rope_parameters = rope
         if self.pad_token_id == -1:
             self.pad_token_id = None  # as older files of Llama write it
+        if self.dtype is None:
+            self.dtype = kwargs.pop("torch_dtype", None)
         self._check_values()
         super().__post_init__(**kwargs)
 
     def _check_keys(self, unknown: set[str]) -> None:
         if not unknown:
             return
-        known = sorted({field.name for field in fields(self)} | {"rope_theta", "rope_scaling"})
+        known = sorted({field.name for field in fields(self)} - OF_TRANSFORMERS | _TRANSLATED)
         name = min(unknown)
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -205,6 +209,13 @@ class NSAModelConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name}: expected true or false, got {value!r}.")
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        known = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        if self.dtype is not None and not known:
+            raise ValueError(
+                "dtype: expected a floating dtype of PyTorch, such as bfloat16, or none, got "
+                f"{self.dtype!r}."
+            )
         for name in ("initializer_range", "rms_norm_eps"):
             setattr(self, name, _number(name, getattr(self, name), zero=True))
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -239,6 +250,10 @@ class NSAModelConfig(PreTrainedConfig):
         for name, value in rope.items():
             if name not in ("rope_type", "type", "truncate") and value is not None:
                 rope[name] = _number(f"rope_parameters.{name}", value)
+        if not isinstance(rope.get("truncate", True), bool):
+            raise ValueError(
+                f"rope_parameters.truncate: expected true or false, got {rope['truncate']!r}."
+            )
         self.standardize_rope_params()
         for name in ("rope_theta", *_ROPE_TYPES[rope_type]):
             if rope.get(name) is None:

@@ -153,10 +153,21 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"model: expected a tokenizer beside the weights, found no tokenizer.json in {folder}. "
             "Save it there with tokenizer.save_pretrained."
         )
+    return read_tokenizer(folder)
+
+
+def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, or of that name on the Hugging Face Hub.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    check_json(Path(path))
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=Path(path).is_dir())
     except Exception as error:  # tokenizers raises nothing more specific
         raise ValueError(
-            f"{folder}: expected a tokenizer, but its files cannot be read "
-            f"({str(error).strip().splitlines()[0]}). Copy the checkpoint again."
+            "tokenizer: expected a folder with tokenizer.json or a name on the Hub, got "
+            f"{str(path)!r}, which cannot be read ({str(error).strip().splitlines()[0]}). Copy its "
+            "files again, or correct the path."
         ) from error

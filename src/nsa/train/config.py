@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from nsa.models.configuration import OF_TRANSFORMERS
+
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("cosine", "wsd")
 
@@ -203,8 +205,15 @@ class TrainConfig:
         """
         sections = _known_keys("", values, cls)
         model = sections.get("model") or {}
-        if not isinstance(model, Mapping):
+        if not isinstance(model, Mapping) or not all(isinstance(name, str) for name in model):
             raise ValueError(f"model: expected a mapping of settings, got {model!r}.")
+        without_effect = OF_TRANSFORMERS & model.keys()
+        if without_effect:
+            raise ValueError(
+                f"model.{min(without_effect)}: expected a setting of the model, got one of "
+                "transformers, which changes nothing in a run. Leave it out; for another dtype, "
+                "set training.precision."
+            )
         return cls(
             model=dict(model),
             data=_section("data", sections, DataConfig),

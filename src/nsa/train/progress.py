@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,6 +32,22 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 # Before the positions of a bin, in the name of its validation loss.
 _LOSS_AT = "eval_loss_at/"
+
+
+class LastingConsole(Console):
+    """A console of work that is worth more than its output, which goes on when nobody reads it.
+
+    Ctrl-C ends ``tee`` before it stops ``nsa train | tee log``, whose checkpoint is yet to come.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Says so where someone may still read, and writes to the null device from now on."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+        try:
+            print("Nobody reads the output any more. The run goes on without it.", file=sys.stderr)
+        except BrokenPipeError:  # after 2>&1; bars of transformers would fail there too
+            os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
 
 
 class ProgressReport(TrainerCallback):

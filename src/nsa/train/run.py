@@ -27,7 +27,7 @@ from nsa.train.documents import find_files, read_documents
 from nsa.train.engine import NSATrainer, training_arguments
 from nsa.train.files import naming, write_text
 from nsa.train.packing import PackedRows, collate, collate_same_shape
-from nsa.train.progress import EventFiles, Milestones, ProgressReport, StopOnSignal
+from nsa.train.progress import EventFiles, LastingConsole, Milestones, ProgressReport, StopOnSignal
 from nsa.train.start import (
     check_initial_tokenizer,
     new_model,
@@ -139,7 +139,7 @@ def train(
             "checkpoint to go on from. Choose another folder."
         )
     args = training_arguments(config.training)
-    console = console or Console(highlight=False)
+    console = console or LastingConsole(highlight=False)
     if args.process_index:
         console = Console(quiet=True)
     for line in passed_over:

@@ -12,11 +12,9 @@ import yaml
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from nsa.models import NSAForCausalLM, NSAModelConfig
+from nsa.models.configuration import OF_TRANSFORMERS
 from nsa.models.loading import load_tokenizer, load_weights
 from nsa.train.config import DataConfig, LoopConfig, TokenizerConfig, TrainConfig
-
-# What a saved config says of itself and not of the model.
-_NOT_SETTINGS = {"transformers_version", "model_type", "architectures", "dtype"}
 
 
 def with_initial_model(config: TrainConfig, run_dir: Path, *, resuming: bool) -> TrainConfig:
@@ -138,4 +136,4 @@ def _settings(folder: Path) -> dict[str, Any]:
             f"type {saved.model_type!r}. `nsa convert` makes one of it."
         )
     values = saved.to_diff_dict()
-    return {name: value for name, value in values.items() if name not in _NOT_SETTINGS}
+    return {name: value for name, value in values.items() if name not in OF_TRANSFORMERS}

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # Also makes our models known to AutoTokenizer, which warns of a folder of another.
-from nsa.models.loading import check_json
+from nsa.models.loading import read_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -86,15 +86,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: nothing loadable there, a file is cut short, or it has no end-of-text token.
     """
-    check_json(Path(path))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except Exception as error:  # tokenizers raises nothing more specific
-        first_line = str(error).strip().splitlines()[0]
-        raise ValueError(
-            "tokenizer: expected a folder with tokenizer.json or a name on the Hub, "
-            f"got {str(path)!r} ({first_line})."
-        ) from error
+    tokenizer = read_tokenizer(path)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer: expected an end-of-text token (eos_token) in {str(path)!r}, found none. "
