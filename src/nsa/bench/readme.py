@@ -174,6 +174,7 @@ def _by_setup(rows: list[Row]) -> list[list[Row]]:
 
 def _caption(rows: list[Row], heads: bool = True) -> str:
     last = rows[-1]
+    commits = dict.fromkeys((row["commit"] or "unknown")[:9] for row in rows)
     layer = f"{last['num_heads']} query "
     layer += (
         f"and {last['num_kv_heads']} kv heads" if heads else f"heads, {last['seq_len']:,} tokens"
@@ -181,7 +182,7 @@ def _caption(rows: list[Row], heads: bool = True) -> str:
     return (
         f"{last['device']}, {last['dtype']}, {layer}, widths {last['key_dim']} and "
         f"{last['value_dim']}, PyTorch {last['torch']}: median ms, forward / backward "
-        f"(times as fast as dense attention; commit {(last['commit'] or 'unknown')[:9]})."
+        f"(times as fast as dense attention; commit {', '.join(commits)})."
     )
 
 
