@@ -39,6 +39,7 @@ SPILLING = {
     "paper/sm_90/backward/hopper_range_dkv_kernel",
     "paper/sm_90/backward/hopper_range_dkv_kernel 2",
     "paper/sm_90/selected-backward/hopper_dq_kernel",
+    "group16-d64-packed/sm_90/compress/mean_kernel",
     "group1-d128/sm_90/backward/dq_kernel",
     "group1-d128/sm_90/backward/range_dkv_kernel",
     "group4-d128/sm_90/forward/token_attention_fwd_kernel",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from nsa.models import NSAForCausalLM, NSAModelConfig
 
 VOCAB = 97
+# For tests of what differs between devices.
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
 def small_config(**changes: Any) -> NSAModelConfig:

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from tests.models.small import left_padded, random_ids, small_model
+from tests.models.small import DEVICES, left_padded, random_ids, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -44,11 +44,13 @@ def test_training_forward_compiles_as_one_graph(attention, batch):
         assert torch.allclose(weight.grad, grad, atol=1e-5)
 
 
+@DEVICES
 @pytest.mark.parametrize("attention", ["nsa", "dense"])
-def test_the_forward_exports(attention):
-    model, ids = small_model(attention=attention), random_ids(2, 35)
+def test_the_forward_exports(attention, device):
+    model = small_model(attention=attention).to(device)
+    ids = random_ids(2, 35).to(device)
     exported = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}).module()
-    other = random_ids(2, 35, seed=2)
+    other = random_ids(2, 35, seed=2).to(device)
     found = exported(input_ids=other, use_cache=False).logits
     assert torch.allclose(found, model(input_ids=other, use_cache=False).logits, atol=1e-5)
 

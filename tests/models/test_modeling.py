@@ -6,7 +6,14 @@ import copy
 
 import pytest
 import torch
-from tests.models.small import VOCAB, left_padded, random_ids, small_config, small_model
+from tests.models.small import (
+    DEVICES,
+    VOCAB,
+    left_padded,
+    random_ids,
+    small_config,
+    small_model,
+)
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModel,
@@ -217,10 +224,12 @@ def test_with_all_blocks_and_that_gate_alone_it_is_its_dense_twin():
         assert torch.allclose(sparse(ids).logits, dense(ids).logits)
 
 
+@DEVICES
 @KINDS
-def test_gradient_checkpointing_gives_the_same_gradients(attention):
-    model, ids = small_model(attention=attention).train(), random_ids(1, sum(LENGTHS))
-    batch = {"input_ids": ids, "labels": ids, "cu_seqlens": bounds(LENGTHS)}
+def test_gradient_checkpointing_gives_the_same_gradients(attention, device):
+    model = small_model(attention=attention).train().to(device)
+    ids = random_ids(1, sum(LENGTHS)).to(device)
+    batch = {"input_ids": ids, "labels": ids, "cu_seqlens": bounds(LENGTHS).to(device)}
     model(**batch).loss.backward()
     plain = grads(model)
     checkpoint(model)

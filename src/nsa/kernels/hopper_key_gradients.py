@@ -375,8 +375,6 @@ def hopper_range_dkv_kernel(
         stride,
         PACKED,
     )
-    if s_0 >= n_k:
-        return
     n_q = n_k if PACKED else T_q
     n_0 = s_0 // stride
     if SHAPE[MODE] == WINDOW:
@@ -390,6 +388,11 @@ def hopper_range_dkv_kernel(
     # Of the queries that see the tile, a segment.
     first = gl.maximum(s_0 + block - 1 - q_offset, 0) + i_part * segment
     last = gl.minimum(until, first + segment)
+    nothing = s_0 >= n_k
+    if PACKED:  # Short sequences have few segments; the sums of others are zeros as they are.
+        nothing = nothing | (first >= last)
+    if nothing:
+        return
     steps = gl.maximum(last - first + tokens - 1, 0) // tokens
     clear = (n_0 + 127) * stride + block - 1  # The first query that sees every key.
     masked = gl.maximum(clear - q_offset - first + tokens - 1, 0) // tokens

@@ -107,9 +107,22 @@ def range_dkv_kernel(
         STRIDE,
         PACKED,
     )
-    if s_0 >= n_k:
-        return
     n_q = n_k if PACKED else T_q
+    # Queries are counted from their own first row; position = q_offset + t.
+    if WINDOW > 0:
+        low = s_0
+        high = tl.minimum(s_0 + BN - 1 + WINDOW, q_offset + n_q)
+    else:
+        low = s_0 + BLOCK - 1
+        high = q_offset + n_q
+    # Of the queries that see the tile, a segment.
+    low = tl.maximum(low - q_offset, 0) + tl.program_id(2) * segment
+    high = tl.minimum(high - q_offset, low + segment)
+    nothing = s_0 >= n_k
+    if PACKED:  # Short sequences have few segments; the sums of others are zeros as they are.
+        nothing = nothing | (low >= high)
+    if nothing:
+        return
     if WINDOW > 0:
         k_0 = k_token_0
         count = n_k
@@ -129,16 +142,6 @@ def range_dkv_kernel(
     b_dk = tl.zeros([BN, DKP], tl.float32)
     b_dv = tl.zeros([BN, DVP], tl.float32)
     o_m = tl.arange(0, BM)
-    # Queries are counted from their own first row; position = q_offset + t.
-    if WINDOW > 0:
-        low = s_0
-        high = tl.minimum(s_0 + BN - 1 + WINDOW, q_offset + n_q)
-    else:
-        low = s_0 + BLOCK - 1
-        high = q_offset + n_q
-    # Of the queries that see the tile, a segment.
-    low = tl.maximum(low - q_offset, 0) + tl.program_id(2) * segment
-    high = tl.minimum(high - q_offset, low + segment)
     for t in range(low, high, BQ):
         o_t = t + o_m // GP
         o_g = o_m % GP
