@@ -167,7 +167,8 @@ def test_write_replaces_generated_parts_and_nothing_else(root):
 def test_an_unknown_part_is_refused(root):
     with pytest.raises(
         ValueError,
-        match=r"generated: expected one of tree, operations, .*, needle, got 'trees'",
+        match="generated: expected one of tree, operations, graphs, groups, demo, needle, "
+        "got 'trees'",
     ):
         refresh("<!-- generated: trees -->\n<!-- end: trees -->", root)
 

@@ -28,8 +28,8 @@ def test_slow_calls_run_three_times():
 
 @pytest.mark.gpu
 def test_a_graph_does_what_the_call_does():
-    x = torch.zeros(3, device="cuda")
     with torch.cuda.stream(torch.cuda.Stream()):
+        x = torch.zeros(3, device="cuda")
         call = as_graph(lambda: x.add_(1))
         before = x.clone()
         call()

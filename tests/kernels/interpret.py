@@ -26,7 +26,7 @@ CASES = [
     Case(name="one-token", lengths=(1, 1), dv=7),
     Case(name="below-a-block", lengths=(3,), group=3, kv_heads=1),
     Case(name="selection-covers-all", lengths=(24, 24), group=3, dk=5),
-    Case(name="odd-batch", lengths=(57, 57)),
+    Case(name="odd-batch", lengths=(75, 75)),
     Case(name="one-head-a-group", lengths=(70,), group=1, kv_heads=2),
     Case(name="many-heads-a-group", lengths=(33,), group=16, kv_heads=1),
     Case(name="equal-block-sizes", lengths=(41,), config=WIDE),

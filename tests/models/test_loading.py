@@ -149,7 +149,8 @@ def test_a_file_cut_to_half_its_size(folder, name):
 
 def test_a_tokenizer_of_which_a_file_is_missing(folder):
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=r"tokenizer: expected .* cannot be read \(.*Copy its"):
+    message = r"tokenizer: expected a folder with .*, which cannot be read \(.*\)\. Copy its files"
+    with pytest.raises(ValueError, match=message):
         load_model(folder)
 
 

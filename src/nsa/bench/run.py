@@ -202,8 +202,8 @@ def measure(plan: Plan, cases: Iterable[Case]) -> Iterator[Row]:
     shape, dtype = plan.resolve_shape(), plan.resolve_dtype()
     errors: dict[Case, float] = {}
     for case in cases:
-        row: Row = {**case._asdict(), "shape": shape.name, "dtype": dtype, "quick": plan.quick}
-        row["graph"] = plan.graph
+        row: Row = {**case._asdict(), "shape": shape.name, "dtype": dtype}
+        row |= {"quick": plan.quick, "graph": plan.graph}
         row["workload"] = case.workload.split(":")[0]
         try:
             # The check does not depend on the length.

@@ -49,7 +49,7 @@ def capability(like: Tensor) -> int:
     return _major(like.device) if like.is_cuda else 0
 
 
-@cache  # Each layer asks a dozen times, and PyTorch's answer takes longer than a launch has.
+@cache  # A layer's backward asks a dozen times, and PyTorch looks it up anew each time.
 def _major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
