@@ -18,7 +18,7 @@ their tile and that of channels, ``BK`` a step of a product.
 import triton
 import triton.language as tl
 
-from nsa.kernels.tiles import num_visible
+from nsa.kernels.tiles import num_visible, opaque
 
 
 @triton.jit(do_not_specialize=["num_seqs", "search_steps", "num"])
@@ -232,8 +232,10 @@ def mean_kernel(
             p_w = w2_ptr + o_c[None, :] * F + (f + o_k)[:, None]
             b_w = tl.load(p_w, mask=m_k[:, None] & m_c, other=0.0)
             b_out = tl.dot(b_act, b_w, b_out, input_precision="ieee")
+    i = opaque(tl.program_id(0)).to(tl.int64) * BM + tl.arange(0, BM)
+    p_out = out_ptr + (i * K + head)[:, None] * D + o_c[None, :]
     b_out = tl.where(m_row, b_out, 0.0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * D + o_c[None, :], b_out, mask=m_i & m_c)
+    tl.store(p_out, b_out, mask=(i < num)[:, None] & m_c)
 
 
 @triton.jit(do_not_specialize=["num", "T", "per_seq", "gap"])

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from nsa.kernels.tiles import locate_tile, num_visible, softmax_step
+from nsa.kernels.tiles import locate_tile, num_visible, query_rows, softmax_step
 
 
 @triton.jit(do_not_specialize=["num_seqs", "T_q", "T_c", "q_offset"])
@@ -42,11 +42,7 @@ def compressed_attention_fwd_kernel(
     )
     if t_0 >= n_q:
         return
-    o_m = tl.arange(0, BM)
-    o_t = t_0 + o_m // GP
-    o_g = o_m % GP
-    m_row = (o_t < n_q) & (o_g < G)
-    p_row = (q_0 + o_t) * H + i_k * G + o_g
+    o_t, p_row, m_row = query_rows(t_0, q_0, n_q, i_k, H, G, GP, BM)
     o_dk = tl.arange(0, DKP)
     o_dv = tl.arange(0, DVP)
     m_dk = o_dk < DK

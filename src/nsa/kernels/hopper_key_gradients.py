@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa.kernels.hopper_tiles import await_turn, barrier, barriers, pass_turn
-from nsa.kernels.tiles import find_numbered, first_number, locate_tile
+from nsa.kernels.tiles import find_numbered, first_number, locate_tile, opaque
 
 # Registers of a thread of the second warpgroup and of the warp that copies; the first one gets the
 # rest. Of more than 256 columns the sums take so many that copying has to do with fewer.
@@ -72,8 +72,10 @@ def _values(i, token, source, SHAPE: gl.constexpr):
     p_row = rows_ptr + token.to(gl.int64) * num_heads + i_k * group + o_m % group
     exists = first + i * (rows_a_step // group) + o_m // group < last
     lse = gl.load(p_row, mask=exists, other=float("inf"))
-    delta = gl.load(p_row + num_rows)
-    gate = gl.load(p_row + 2 * num_rows.to(gl.int64))
+    p_row += num_rows
+    delta = gl.load(p_row)
+    p_row += num_rows
+    gate = gl.load(p_row)
     return lse, delta, gate
 
 
@@ -273,7 +275,7 @@ def _consume(C: gl.constexpr, memory, out, masked, steps, n_0, window, SHAPE: gl
     last = (FROM + (steps - 1 - FROM) // EACH * EACH) % stages
     dk, dv = _add(last, dk, dv, p_gated, ds, memory, SHAPE)
     done = warpgroup_mma_wait(0, deps=dk + dv)
-    o_row = PART * 64 + gl.arange(0, 64, gl.SliceLayout(1, grad))
+    o_row = opaque(PART * 64) + gl.arange(0, 64, gl.SliceLayout(1, grad))
     cols = gl.arange(0, 64, gl.SliceLayout(0, grad))
     keep = (o_row < num_keys)[:, None]
     for h in gl.static_range(PK):

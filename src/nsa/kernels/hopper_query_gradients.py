@@ -65,7 +65,7 @@ def _plan(i_flat, num_tiles, tiles, union, SHAPE: gl.constexpr):
     queries, first key of the window, entry of the tile in ``union``, and steps of each branch.
     """
     tokens: gl.constexpr = BM // SHAPE[G]
-    cu_seqlens_ptr, num_seqs, T_q, T_k, T_c, q_offset, window = tiles
+    cu_seqlens_ptr, num_seqs, T_q, T_k, T_c, q_offset, window, _ = tiles
     i_tile = num_tiles - 1 - i_flat // SHAPE[K]
     i_k = i_flat % SHAPE[K]
     packed: gl.constexpr = SHAPE[PACKED]
@@ -122,7 +122,7 @@ def _producer(descs, queries, ring, num_tiles, tiles, union, SHAPE: gl.constexpr
     pieces: gl.constexpr = SHAPE[PIECES]
     i_copy = 0
     q_phase = 0
-    for i_flat in range(gl.program_id(0), num_tiles * kv_heads, gl.num_programs(0)):
+    for i_flat in range(gl.program_id(0), num_tiles * kv_heads, tiles[7]):
         i_k, t_0, rows, _, first, p_tile, steps = _plan(i_flat, num_tiles, tiles, union, SHAPE)
         mbarrier.wait(q_empty, q_phase ^ 1)
         mbarrier.expect(q_full, pieces * q_desc.block_type.nbytes + do_desc.block_type.nbytes)
@@ -165,14 +165,15 @@ def _entry(i, count, p_tile, union, SHAPE: gl.constexpr):
 
 @gluon.jit
 def _step(
-    part, i_s, queries, ring, dq, zero, values, sees, start, masked, o_n, scale_log2, arrived,
+    part, i_s, queries, ring, dq, zero, values, bits, sees, places, scale_log2, arrived,
     SHAPE: gl.constexpr
 ):  # fmt: skip
-    """Adds 64 keys from ``start`` to ``dq``. ``sees`` ends with who may see them at all."""
+    """Adds 64 keys to ``dq``. ``bits`` are the tokens that may see them; ``places``: token, key."""
     q_s, do_s, _full, _empty = queries
     k_s, v_s, _arrived, _free = ring
     b_lse, b_delta, b_gate = values
-    lower, upper, member = sees
+    end, spacing, reach, masked = sees
+    o_q, o_n = places
     pieces: gl.constexpr = SHAPE[PIECES]
     key_dim: gl.constexpr = SHAPE[DK]
     b_s = zero
@@ -183,12 +184,12 @@ def _step(
     b_do = do_s.reshape([BM, SHAPE[DV]]).slice(part * 64, 64)
     b_v = v_s.index(i_s).permute((1, 0))
     b_dp = warpgroup_mma(b_do, b_v, zero, use_acc=False, is_async=True)
-    b_lse = gl.where(member, b_lse, float("inf"))
+    b_lse = gl.where(((bits >> o_q) & 1) != 0, b_lse, float("inf"))
     b_s = warpgroup_mma_wait(1, deps=(b_s,))
     b_s = b_s * scale_log2 - b_lse[:, None]
     if masked:
-        see = ((start + o_n)[None, :] >= lower[:, None]) & ((start + o_n)[None, :] < upper[:, None])
-        b_s = gl.where(see, b_s, float("-inf"))
+        age = o_q[:, None] - (end + o_n * spacing)[None, :]
+        b_s = gl.where((age >= 0) & (age < reach), b_s, float("-inf"))
     b_p = exp2(b_s)
     # The copy is here already; the branch keeps ptxas from moving the wait for ``dp`` up, before
     # the exponentials.
@@ -229,7 +230,7 @@ def _consumer(
     every: gl.constexpr = (1 << tokens) - 1
     i_copy = 0
     q_phase = 0
-    for i_flat in range(gl.program_id(0), num_tiles * kv_heads, gl.num_programs(0)):
+    for i_flat in range(gl.program_id(0), num_tiles * kv_heads, tiles[7]):
         i_k, t_0, rows, n_q, first, p_tile, steps = _plan(i_flat, num_tiles, tiles, union, SHAPE)
         t_0 += PART * tokens
         o_t = t_0 + o_m // group
@@ -239,25 +240,22 @@ def _consumer(
             dq = dq + (gl.zeros([64, key_dim], gl.float32, dq_layout),)
         mbarrier.wait(q_full, q_phase)
         q_phase = q_phase ^ 1
+        p_value = rows_ptr + p_row
         # One loop for all branches: copies of it would crowd the instruction cache.
         for branch in range(3):
-            p_value = rows_ptr + branch * 3 * num_rows.to(gl.int64) + p_row
             count = gl.where(branch == COMPRESSED, steps[0], steps[2])
             count = gl.where(branch == SELECTED, steps[1], count)
             m_row = (o_t < n_q) & (count > 0)
             b_lse = gl.load(p_value, mask=m_row, other=float("inf"))
-            b_delta = gl.load(p_value + num_rows, mask=m_row, other=0.0)
-            b_gate = gl.load(p_value + 2 * num_rows.to(gl.int64), mask=m_row, other=0.0)
-            # A row sees keys from ``lower`` to ``upper``; ``clear`` is what all rows see of it.
-            position = tiles[5] + o_t
-            p_first = tiles[5] + t_0
-            visible = num_visible(position, SHAPE[BLOCK], SHAPE[STRIDE])
-            v_first = num_visible(p_first, SHAPE[BLOCK], SHAPE[STRIDE])
-            upper = gl.where(branch == COMPRESSED, visible, position + 1)
-            clear_to = gl.where(branch == COMPRESSED, v_first, p_first + 1)
+            p_value += num_rows
+            b_delta = gl.load(p_value, mask=m_row, other=0.0)
+            p_value += num_rows
+            b_gate = gl.load(p_value, mask=m_row, other=0.0)
+            p_value += num_rows
+            # Keys end ``spacing`` tokens apart, and a row sees the last ``reach`` tokens.
+            spacing = gl.where(branch == COMPRESSED, SHAPE[STRIDE], 1)
             reach = gl.where(branch == WINDOW, tiles[6], 1 << 30)
-            lower = position + 1 - reach
-            clear_from = p_first + tokens - reach
+            origin = gl.where(branch == COMPRESSED, SHAPE[BLOCK] - 1, 0) - tiles[5] - t_0
             start = gl.where(branch == WINDOW, first, 0)
             bits = every
             if (SHAPE[BRANCHES] & 2) and not SHAPE[ALL]:
@@ -276,11 +274,12 @@ def _consumer(
                 arrived = (full.index(i_s), (i_copy // SHAPE[STAGES]) & 1)
                 mbarrier.wait(arrived[0], arrived[1])
                 if (bits & every) != 0:
-                    masked = (start + BN > clear_to) | (start < clear_from)
-                    member = ((bits >> (o_m // group)) & 1) != 0
+                    end = start * spacing + origin  # Of the first key, from the first token.
+                    masked = (end + (BN - 1) * spacing > 0) | (end <= tokens - 1 - reach)
                     dq = _step(
-                        PART, i_s, queries, ring, dq, zero, (b_lse, b_delta, b_gate),
-                        (lower, upper, member), start, masked, o_n, scale_log2, arrived, SHAPE,
+                        PART, i_s, queries, ring, dq, zero, (b_lse, b_delta, b_gate), bits,
+                        (end, spacing, reach, masked), (o_m // group, o_n), scale_log2, arrived,
+                        SHAPE,
                     )  # fmt: skip
                 mbarrier.arrive(empty.index(i_s), count=1)
                 i_copy += 1
@@ -294,7 +293,11 @@ def _consumer(
             gl.store(p_dq + h * (key_dim // 2), b_dq, mask=keep)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "num_seqs", "T_q", "T_k", "T_c", "q_offset", "window"])
+@gluon.jit(
+    do_not_specialize=[
+        *("num_tiles", "num_programs", "num_seqs", "T_q", "T_k", "T_c", "q_offset", "window"),
+    ]
+)
 def hopper_dq_kernel(
     q_desc,
     do_desc,
@@ -311,6 +314,7 @@ def hopper_dq_kernel(
     counts_ptr,
     cu_seqlens_ptr,
     num_tiles,
+    num_programs,
     num_seqs,
     num_rows,
     T_q,
@@ -322,7 +326,7 @@ def hopper_dq_kernel(
     scale,
     SHAPE: gl.constexpr,
 ):
-    """Grid: programs that share ``num_tiles * K`` tiles of 128 rows. As ``dq_kernel``.
+    """Grid: ``num_programs`` that share ``num_tiles * K`` tiles of 128 rows. As ``dq_kernel``.
 
     Descriptors: ``q [T, H, D]`` by ``[128 / G, G, DK]``, do alike, keys ``[rows, K * D]`` by
     ``[64, DK]``, values alike; ``D`` is ``PIECES * DK``.
@@ -345,7 +349,7 @@ def hopper_dq_kernel(
     )  # fmt: skip
     queries = (q_s, do_s, q_full, q_empty)
     ring = (k_s, v_s, full, empty)
-    tiles = (cu_seqlens_ptr, num_seqs, T_q, T_k, T_c, q_offset, window)
+    tiles = (cu_seqlens_ptr, num_seqs, T_q, T_k, T_c, q_offset, window, num_programs)
     union = (blocks_ptr, bits_ptr, counts_ptr)
     gl.warp_specialize(
         [

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from nsa.kernels.query_gradients import row_values
-from nsa.kernels.tiles import find_numbered, first_number, locate_tile
+from nsa.kernels.tiles import find_numbered, first_number, locate_tile, opaque
 
 
 @triton.jit
@@ -49,6 +49,30 @@ def _dkv_step(
     b_ds = b_p * (b_dp * b_gate[None, :] - b_delta[None, :])
     b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     return b_dk, b_dv
+
+
+@triton.jit
+def _key_places(
+    n_0,
+    k_0,
+    count,
+    i_k,
+    K: tl.constexpr,
+    DK: tl.constexpr,
+    DKP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Of a tile of keys from ``n_0``: numbers, which exist, and where keys and values lie."""
+    o_n = n_0 + tl.arange(0, BN)
+    m_n = (o_n < count)[:, None]
+    o_dk = tl.arange(0, DKP)
+    o_dv = tl.arange(0, DVP)
+    row = ((k_0 + o_n) * K + i_k)[:, None]
+    m_k = m_n & (o_dk < DK)[None, :]
+    m_v = m_n & (o_dv < DV)[None, :]
+    return o_n, m_n, row * DK + o_dk[None, :], m_k, row * DV + o_dv[None, :], m_v
 
 
 @triton.jit
@@ -129,14 +153,8 @@ def range_dkv_kernel(
     else:
         k_0 = c_0
         count = tl.maximum(n_k - BLOCK + STRIDE, 0) // STRIDE
-    o_n = s_0 // STRIDE + tl.arange(0, BN)
-    m_n = (o_n < count)[:, None]
-    o_dk = tl.arange(0, DKP)
-    o_dv = tl.arange(0, DVP)
-    p_k = ((k_0 + o_n) * K + i_k)[:, None] * DK + o_dk[None, :]
-    p_v = ((k_0 + o_n) * K + i_k)[:, None] * DV + o_dv[None, :]
-    m_k = m_n & (o_dk < DK)[None, :]
-    m_v = m_n & (o_dv < DV)[None, :]
+    n_0 = s_0 // STRIDE
+    o_n, m_n, p_k, m_k, p_v, m_v = _key_places(n_0, k_0, count, i_k, K, DK, DKP, DV, DVP, BN)
     b_k = tl.load(k_ptr + p_k, mask=m_k, other=0.0)
     b_v = tl.load(v_ptr + p_v, mask=m_v, other=0.0)
     b_dk = tl.zeros([BN, DKP], tl.float32)
@@ -170,6 +188,8 @@ def range_dkv_kernel(
             DV,
             DVP,
         )
+    n_0 = opaque(n_0)
+    _, _, p_k, m_k, p_v, m_v = _key_places(n_0, k_0, count, i_k, K, DK, DKP, DV, DVP, BN)
     tl.store(dk_ptr + i_part * part_dk + p_k, (b_dk * scale).to(dk_ptr.dtype.element_ty), mask=m_k)
     tl.store(dv_ptr + i_part * part_dv + p_v, b_dv.to(dv_ptr.dtype.element_ty), mask=m_v)
 

@@ -7,7 +7,7 @@ With ``dp = do v^T`` and ``delta = sum(do * o)`` of a branch, the gradient of it
 import triton
 import triton.language as tl
 
-from nsa.kernels.tiles import chosen_block, locate_tile, num_visible
+from nsa.kernels.tiles import chosen_block, locate_tile, num_visible, opaque, query_rows
 
 
 @triton.jit
@@ -140,12 +140,8 @@ def dq_kernel(
     )
     if t_0 >= n_q:
         return
-    o_m = tl.arange(0, BM)
-    o_q = o_m // GP
-    o_t = t_0 + o_q
-    o_g = o_m % GP
-    m_row = (o_t < n_q) & (o_g < G)
-    p_row = (q_0 + o_t) * H + i_k * G + o_g
+    o_q = tl.arange(0, BM) // GP
+    o_t, p_row, m_row = query_rows(t_0, q_0, n_q, i_k, H, G, GP, BM)
     o_dk = tl.arange(0, DKP)
     o_dv = tl.arange(0, DVP)
     m_dk = (o_dk < DK)[None, :]
@@ -219,5 +215,6 @@ def dq_kernel(
             m_see = (b_age >= 0) & (b_age < WINDOW)
             b_dq = _dq_step(b_dq, b_q, b_do, b_k, b_v, m_see, b_lse, b_delta, b_gate, scale_log2)
 
+    _, p_row, m_row = query_rows(opaque(t_0), q_0, n_q, i_k, H, G, GP, BM)
     p_dq = dq_ptr + p_row[:, None] * DK + o_dk[None, :]
     tl.store(p_dq, (b_dq * scale).to(dq_ptr.dtype.element_ty), mask=m_row[:, None] & m_dk)

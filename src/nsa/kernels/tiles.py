@@ -63,6 +63,27 @@ def locate_tile(
 
 
 @triton.jit
+def query_rows(
+    t_0, q_0, n_q, i_k, H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BM: tl.constexpr
+):
+    """Of each row of a tile: its token, its row of q, and whether it exists."""
+    o_m = tl.arange(0, BM)
+    o_t = t_0 + o_m // GP
+    o_g = o_m % GP
+    return o_t, (q_0 + o_t) * H + i_k * G + o_g, (o_t < n_q) & (o_g < G)
+
+
+@triton.jit
+def opaque(x):
+    """``x``, which the compiler does not know to be ``x``.
+
+    What is computed from it after a loop takes no registers during the loop, even if it was
+    computed before the loop already.
+    """
+    return x + (tl.program_id(0) >= tl.num_programs(0)).to(tl.int32)
+
+
+@triton.jit
 def num_visible(position, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
     """Compressed blocks that lie wholly at or before ``position``."""
     return tl.maximum(position + 1 - BLOCK + STRIDE, 0) // STRIDE

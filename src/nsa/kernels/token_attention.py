@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from nsa.kernels.tiles import chosen_block, locate_tile, softmax_step
+from nsa.kernels.tiles import chosen_block, locate_tile, opaque, query_rows, softmax_step
 
 
 @triton.jit
@@ -63,12 +63,8 @@ def token_attention_fwd_kernel(
     )
     if t_0 >= n_q:
         return
-    o_m = tl.arange(0, BM)
-    o_q = o_m // GP
-    o_t = t_0 + o_q
-    o_g = o_m % GP
-    m_row = (o_t < n_q) & (o_g < G)
-    p_row = (q_0 + o_t) * H + i_k * G + o_g
+    o_q = tl.arange(0, BM) // GP
+    o_t, p_row, m_row = query_rows(t_0, q_0, n_q, i_k, H, G, GP, BM)
     o_dk = tl.arange(0, DKP)
     o_dv = tl.arange(0, DVP)
     m_dk = o_dk < DK
@@ -144,6 +140,9 @@ def token_attention_fwd_kernel(
             b_p, b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc)
             b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
         b_o = b_acc / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
+        _, p_row, m_row = query_rows(opaque(t_0), q_0, n_q, i_k, H, G, GP, BM)
+        m_o = m_row[:, None] & m_dv[None, :]
+        p_o = p_row[:, None] * DV + o_dv[None, :]
         if SAVE:
             tl.store(o_win_ptr + p_o, b_o.to(o_win_ptr.dtype.element_ty), mask=m_o)
             tl.store(lse_win_ptr + p_row, (b_m + tl.log2(b_l)) * 0.6931471805599453, mask=m_row)

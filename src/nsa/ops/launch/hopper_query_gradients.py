@@ -67,9 +67,10 @@ def dq(
             descriptors[f"{letter}_{name}_desc"] = descriptor(x, matrix, box)
     stages = min(MAX_STAGES, (SHARED_MEMORY - ROWS * dims * 2) // (KEYS * dims * 2))
     used = ("cmp" in branches) + 2 * ("slc" in branches) + 4 * ("win" in branches)
+    grid = programs(q.device, tiles.num_tiles * sizes["K"])
     launch(
         hopper_dq_kernel,
-        programs(q.device, tiles.num_tiles * sizes["K"]),
+        grid,
         **descriptors,
         rows_ptr=values,
         dq_ptr=out,
@@ -78,6 +79,7 @@ def dq(
         counts_ptr=union[2],
         **tiles.places(),
         num_tiles=tiles.num_tiles,
+        num_programs=grid[0],
         num_rows=values.shape[-1],
         T_q=q.shape[-3],
         T_k=rows.get("slc", rows.get("win", 0)),
