@@ -115,13 +115,14 @@ def _attend(tensors: Tensors, branch: str, blocks: Tensor, visible: MaskMod) -> 
     if q.is_cuda:
         # Each length and mask is a compilation, and Dynamo gives up after a few of one function.
         torch.compiler.reset()
+        # Donated buffers would allow one backward only, and it is timed many times. They are asked
+        # about again in each backward.
+        functorch_config.donated_buffer = False
         attend = torch.compile(flex_attention, dynamic=False)
 
     def call() -> tuple[Tensor, ...]:
         swapped_q, swapped_k, swapped_v = (x.transpose(1, 2) for x in (q, k, v))
-        # Donated buffers would allow one backward only, and it is timed many times.
-        with functorch_config.patch(donated_buffer=False):
-            o = attend(swapped_q, swapped_k, swapped_v, block_mask=mask, enable_gqa=True)
+        o = attend(swapped_q, swapped_k, swapped_v, block_mask=mask, enable_gqa=True)
         assert isinstance(o, Tensor), "without return_lse there is one output"
         return (o.transpose(1, 2),)
 
