@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging
@@ -27,6 +27,8 @@ from nsa.models.saving import write_errors
 from nsa.train import checkpoint
 from nsa.train.config import LoopConfig
 from nsa.train.validation import PositionLosses, consecutive_pieces, position_losses
+
+CUDA_GRAPHS = "reduce-overhead"  # As a mode of torch.compile.
 
 
 def training_arguments(loop: LoopConfig) -> TrainingArguments:
@@ -91,7 +93,7 @@ def training_arguments(loop: LoopConfig) -> TrainingArguments:
         )
     args.gradient_accumulation_steps = loop.accumulation_steps(args.world_size)
     if loop.compile and on_gpu and args.world_size == 1:
-        args.torch_compile_mode = "reduce-overhead"
+        args.torch_compile_mode = CUDA_GRAPHS
     # One process with several GPUs would scatter cu_seqlens over them (DataParallel); it uses one.
     args._n_gpu = min(args.n_gpu, 1)
     return args
@@ -142,6 +144,18 @@ class NSATrainer(Trainer):
             state.distributed_type = DistributedType.FSDP
             PartialState().distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's own, with gradients that the next rows of a step may be added to.
+
+        Those of a CUDA graph lie in its memory, which its next run overwrites.
+        """
+        in_graphs = self.args.torch_compile_mode == CUDA_GRAPHS
+        if in_graphs and self.args.gradient_accumulation_steps > 1:
+            for weight in model.parameters():
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+        return super().training_step(model, *args, **kwargs)
 
     def evaluate(
         self,
