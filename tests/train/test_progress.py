@@ -133,8 +133,8 @@ def test_event_files_that_cannot_be_written_are_done_without(
     for name in ("on_train_begin", "on_log", "on_log", "on_train_end"):
         with full_disk() if name == call else nullcontext():
             getattr(events, name)(args, _state(1), control, logs={"a" * 200: 1.0})
-    shown = out.getvalue().replace("\n", "")
-    assert shown.count("tensorboard: no further event files") == (call != "on_train_end")
+    shown = " ".join(out.getvalue().split())  # Where lines are broken follows the folder's name.
+    assert shown.count("no further event files") == (call != "on_train_end")
     assert capfd.readouterr().err == ""
 
 
