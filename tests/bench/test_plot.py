@@ -20,6 +20,7 @@ def rows(**changes):
             "p20_ms": seq_len / 2,
             "p50_ms": seq_len,
             "p80_ms": seq_len * 2,
+            "time": "today",
         }
         | changes
         for operation in ("window_attention", "pipeline")
@@ -75,7 +76,13 @@ def test_a_full_disk_names_the_file(tmp_path, name):
 def layers():
     """The layer and dense attention at two lengths, and at two group sizes."""
     sizes = [("paper", 1024, 16), ("paper", 2048, 16), ("group-1", 2048, 1), ("group-8", 2048, 8)]
-    common = {"device": "a machine", "dtype": "float32", "mode": "forward", "workload": "local"}
+    common = {
+        "device": "a machine",
+        "dtype": "float32",
+        "mode": "forward",
+        "workload": "local",
+        "time": "today",
+    }
     made = []
     for shape, seq_len, group in sizes:
         where = {**common, "shape": shape, "seq_len": seq_len}

@@ -35,6 +35,7 @@ def row(**changes):
         "commit": "0123456789abcdef",
         "geometry": [16, 16, 16, 8, 1, 2, 64],
         "peak_memory_bytes": None,
+        "time": "today",
     }
     return made | changes
 
@@ -107,8 +108,9 @@ def test_rows_of_cuda_graphs_have_a_table_of_their_own(root):
         for shape, heads in (("laptop", 2), ("other", 1))
         for changes in ({"p50_ms": 2.0}, {"p50_ms": 3.0, **DENSE})
     ]
-    path = root / "results" / "graphs.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for name in ("graphs.jsonl", "ops.jsonl"):
+        with (root / "results" / name).open("a") as file:
+            file.writelines(json.dumps(r) + "\n" for r in rows)
     lines = graphs_table(root).splitlines()
     assert [line[:40] for line in lines if "kv heads" in line] == [
         "a machine, float32, 4 query and 2 kv hea",

@@ -36,6 +36,7 @@ def row(**changes):
         "bytes": 8_000_000,
         "error": 2e-7,
         "overlap": 0.88,
+        "time": "today",
     }
     return made | changes
 
@@ -122,6 +123,17 @@ def test_speedups_are_over_the_dense_attention_of_the_same_task():
     ]
     found = [made["speedup"] for made in with_speedup(rows)]
     assert found == [2.5, None, 4.0, 5 / 6, 1.0, 5 / 9, 1.0]
+
+
+def test_speedups_are_over_the_dense_attention_of_the_same_run():
+    dense = {"operation": "dense_attention", "provider": "sdpa"}
+    rows = [
+        row(p50_ms=2.0, time="first"),
+        row(p50_ms=6.0, time="first", **dense),
+        row(p50_ms=8.0, time="second", **dense),
+        row(p50_ms=2.0, time="third", workload="random"),
+    ]
+    assert [made["speedup"] for made in with_speedup(rows)] == [3.0, 1.0, 1.0, 4.0]
 
 
 def test_the_wide_table_shows_speedups():

@@ -66,7 +66,7 @@ def plot_speedup(rows: list[Row], output: Path) -> None:
         OSError: the disk is full; nothing is left of the file.
     """
     _check_suffix(output)
-    rows = [row for row in with_speedup(latest(rows)) if row["operation"] == "pipeline"]
+    rows = [row for row in latest(with_speedup(rows)) if row["operation"] == "pipeline"]
     rows = [row for row in rows if row["speedup"] is not None]
     setups = sorted({(row["device"], row["dtype"]) for row in rows})
     if len(setups) != 1:

@@ -78,7 +78,7 @@ def operations_table(root: Path) -> str:
 
 def graphs_table(root: Path) -> str:
     """The whole layer beside dense attention, each started as one CUDA graph."""
-    rows = _rows(root, "graphs.jsonl")
+    rows = _rows(root, graphs=True)
     if not rows:
         return "Nothing is measured yet: run `nsa bench ops --graph`, then `nsa bench table`."
     return "\n\n".join(f"{_caption(part)}\n\n{_times(part, *TOKENS)}" for part in _by_setup(rows))
@@ -156,12 +156,14 @@ SHOWN = ("dense_attention", "pipeline", "shared_pipeline")  # In the order of a 
 TOKENS = ("tokens", lambda row: row["seq_len"])
 
 
-def _rows(root: Path, name: str = "ops.jsonl") -> list[Row]:
-    path = root / "results" / name
+def _rows(root: Path, *, graphs: bool = False) -> list[Row]:
+    path = root / "results" / ("graphs.jsonl" if graphs else "ops.jsonl")
     if not path.exists():
         return []
     rows = [row for row in read(path) if not row["quick"] and row["operation"] in SHOWN]
-    return with_speedup(latest(rows))
+    # What was measured before there were graphs does not say that it was none.
+    rows = [row for row in rows if row.get("graph", False) == graphs]
+    return latest(with_speedup(rows))
 
 
 def _by_setup(rows: list[Row]) -> list[list[Row]]:

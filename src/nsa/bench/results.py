@@ -85,16 +85,18 @@ def with_speedup(rows: Iterable[Row]) -> list[Row]:
     """Rows with ``speedup``: how many times as long dense attention takes, None without it.
 
     Dense attention of the same device, dtype, shape, length and mode, by the first of ``DENSE``
-    that was measured.
+    that was measured: in the same run, whose rows have one time, or else the last time.
     """
     rows = list(rows)
     dense: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
-        if row["operation"] == "dense_attention":
-            dense.setdefault(_same_task(row), {})[row["provider"]] = row["p50_ms"]
+        if row["operation"] == "dense_attention" and row["provider"] in DENSE:
+            for run in (row["time"], None):
+                dense.setdefault((run, *_same_task(row)), {})[row["provider"]] = row["p50_ms"]
     found = []
     for row in rows:
-        rivals = dense.get(_same_task(row), {})
+        task = _same_task(row)
+        rivals = dense.get((row["time"], *task)) or dense.get((None, *task), {})
         rival = next((rivals[name] for name in DENSE if name in rivals), None)
         found.append({**row, "speedup": None if rival is None else rival / row["p50_ms"]})
     return found
