@@ -55,8 +55,9 @@ class Layer:
 
 
 # The paper's shape; it at the width that dense kernels support, also with small groups, whose tiles
-# hold many tokens; packed, first a layer of configs/100m-16k.yaml; and with groups that tiles pad,
-# which compressed attention on Hopper leaves to the kernel of the other GPUs.
+# hold many tokens; packed, first a layer of configs/100m-16k.yaml; with a group that is larger than
+# a tile; and with groups that tiles pad, which compressed attention on Hopper leaves to the kernel
+# of the other GPUs.
 LAYERS = {
     "paper-d128": Layer(heads=(64, 4), dims=(128, 128)),
     "paper": Layer(heads=(64, 4), dims=(192, 128)),
@@ -64,6 +65,7 @@ LAYERS = {
     "group4-d128": Layer(heads=(32, 8), dims=(128, 128)),
     "group16-d64-packed": Layer(heads=(16, 1), dims=(64, 64), seq_len=16384, packed=True),
     "group1-d64-packed": Layer(heads=(8, 8), dims=(64, 64), packed=True),
+    "group64-d128": Layer(heads=(64, 1), dims=(128, 128)),
     "group12-d128": Layer(heads=(24, 2), dims=(128, 128)),
     "group12-d64": Layer(heads=(24, 2), dims=(64, 64)),
     "group4-d192": Layer(heads=(16, 4), dims=(192, 128)),
@@ -89,6 +91,7 @@ COMPILED = {
     ("group4-d128", 90): ("forward", "backward"),
     ("group16-d64-packed", 90): TRAINING,
     ("group1-d64-packed", 90): TRAINING,
+    ("group64-d128", 90): ("backward",),
     ("group12-d128", 90): ("forward",),
     ("group12-d64", 90): ("forward",),
     ("group4-d192", 90): ("forward",),

@@ -127,6 +127,7 @@ LONG = [
     Case(name="covered", lengths=(1000,), group=16, kv_heads=2, dk=128, dv=128),
     Case(name="group-32", lengths=(1701,), group=32, kv_heads=1, dk=128, dv=64),
     Case(name="group-64", lengths=(1301,), group=64, kv_heads=1, dk=64, dv=64),
+    Case(name="group-64-d128", lengths=(701,), group=64, kv_heads=1, dk=128, dv=128),
     Case(name="group-4", lengths=(1301,), group=4, dk=128, dv=128),
     Case(name="group-1", lengths=(2049,), group=1, kv_heads=3, dk=64, dv=64),
     Case(name="group-12", lengths=(1201,), group=12, kv_heads=1, dk=128, dv=128),

@@ -18,6 +18,7 @@ from torch import Tensor
 # Kernels that walk lists of blocks with one membership bit per token of the tile.
 WITH_BITS = ("token_attention_fwd", "dq")
 MAX_TOKENS = 64  # Bits of an int64.
+MAX_WARPS = 8
 
 
 class Tile(NamedTuple):
@@ -41,7 +42,10 @@ def tile(kernel: str, sizes: dict[str, int], like: Tensor) -> Tile:
     rows = max(found.BM, sizes["GP"])
     if kernel in WITH_BITS:
         rows = min(rows, MAX_TOKENS * sizes["GP"])
-    return found._replace(BM=rows)
+    # Rows that a large group adds would spill without warps of their own.
+    growth = max(rows // found.BM, 1)
+    warps = max(found.num_warps, min(found.num_warps * growth, MAX_WARPS))
+    return found._replace(BM=rows, num_warps=warps)
 
 
 def capability(like: Tensor) -> int:
