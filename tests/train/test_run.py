@@ -450,6 +450,7 @@ def test_run_without_tensorboard_says_so(
 def test_command_trains_and_stops_with_the_exit_code_of_ctrl_c(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # Room for the folder's name.
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tiny.settings(corpus, tmp_path / "run")))
     with monkeypatch.context() as patch:
@@ -463,8 +464,7 @@ def test_command_trains_and_stops_with_the_exit_code_of_ctrl_c(
     assert resumed.exit_code == 0, resumed.output
     assert "step 2/2  loss" in resumed.output
     assert "validation loss at positions 1-63 " in resumed.output
-    # Where lines are broken follows the folder's name.
-    assert f"Done.Model:{tmp_path / 'run' / 'model'}" in "".join(resumed.output.split())
+    assert f"Done. Model: {tmp_path / 'run' / 'model'}" in resumed.output
 
 
 if __name__ == "__main__":
