@@ -168,7 +168,12 @@ def _step(
     part, i_s, queries, ring, dq, zero, values, bits, sees, places, scale_log2, arrived,
     SHAPE: gl.constexpr
 ):  # fmt: skip
-    """Adds 64 keys to ``dq``. ``bits`` are the tokens that may see them; ``places``: token, key."""
+    """Adds 64 keys to ``dq``.
+
+    ``bits`` are the tokens that may see them at all. ``sees``: where the first key ends, how far
+    apart keys end, how many tokens back a row sees, and whether any of it hides a key. ``places``:
+    the token of each row, the number of each key.
+    """
     q_s, do_s, _full, _empty = queries
     k_s, v_s, _arrived, _free = ring
     b_lse, b_delta, b_gate = values
@@ -240,7 +245,7 @@ def _consumer(
             dq = dq + (gl.zeros([64, key_dim], gl.float32, dq_layout),)
         mbarrier.wait(q_full, q_phase)
         q_phase = q_phase ^ 1
-        p_value = rows_ptr + p_row
+        p_value = rows_ptr + p_row  # Moves on by steps: multiples of ``num_rows`` would be kept.
         # One loop for all branches: copies of it would crowd the instruction cache.
         for branch in range(3):
             count = gl.where(branch == COMPRESSED, steps[0], steps[2])
@@ -327,6 +332,8 @@ def hopper_dq_kernel(
     SHAPE: gl.constexpr,
 ):
     """Grid: ``num_programs`` that share ``num_tiles * K`` tiles of 128 rows. As ``dq_kernel``.
+
+    Their number is an argument, since what is asked of the grid would be kept in a register.
 
     Descriptors: ``q [T, H, D]`` by ``[128 / G, G, DK]``, do alike, keys ``[rows, K * D]`` by
     ``[64, DK]``, values alike; ``D`` is ``PIECES * DK``.
