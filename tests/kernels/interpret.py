@@ -7,6 +7,7 @@ before the kernels are imported: hence a process of its own.
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import sys
 from dataclasses import replace
@@ -17,7 +18,9 @@ from tests.cases import SMALL, WIDE, Case
 from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder
 
 from nsa import ops
+from nsa.ops.launch.block_lists import invert
 from nsa.ops.launch.select_blocks import union_blocks
+from nsa.ops.launch.sums import sum_parts
 from nsa.ops.launch.tiles import QueryTiles
 
 NARROW = replace(SMALL, block_size=12)  # Three strides of four, not a power of two.
@@ -90,12 +93,51 @@ def check_turns(words: list[int], half: int) -> None:
     assert "".join(whose[:turns]) == "ab" * (turns // 2)
 
 
+def check_block_lists() -> None:
+    """A block has the list of the rows that chose it, ascending, whatever its number takes."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.zeros(2, 7, 4, 1)
+    for num_blocks in (30, 9000):  # Of two sequences and two heads: 120 lists, and 36,000.
+        chosen = torch.rand(2, 7, 2, num_blocks, generator=generator).argsort(-1)[..., :6]
+        chosen = chosen.to(torch.int32)
+        chosen[..., 4:] = torch.where(chosen[..., 4:] % 2 == 0, chosen[..., 4:], -1)
+        chosen[0, 0, 1] = torch.tensor([num_blocks - 1, 0, -1, -1, -1, -1])
+        blocks = QueryTiles.of(q, None, 16, num_blocks * 16)
+        entries, offsets = invert(chosen, q, blocks, num_blocks * 16)
+        assert entries.dtype == offsets.dtype == torch.int32
+        expected: dict[int, list[int]] = {}
+        for sequence, token, head in itertools.product(range(2), range(7), range(2)):
+            for block in set(chosen[sequence, token, head].tolist()) - {-1}:
+                number = (head * 2 + sequence) * num_blocks + block
+                expected.setdefault(number, []).append(sequence * 7 + token)
+        for number in range(4 * num_blocks):
+            found = entries[offsets[number] : offsets[number + 1]].tolist()
+            assert found == expected.get(number, []), (num_blocks, number)
+
+
+def check_sums() -> None:
+    """Parts are added one after the other, in float32: bit for bit as in a loop."""
+    generator = torch.Generator().manual_seed(0)
+    for count, shapes in ((1, [(5, 3)]), (8, [(33, 2), (33, 5)]), (19, [(3, 700), (3, 128)])):
+        parts = [torch.randn(count, *shape, generator=generator) for shape in shapes]
+        for found, side in zip(sum_parts(parts, torch.float16), parts, strict=True):
+            expected = torch.zeros(side.shape[1:])
+            for part in side:
+                expected += part
+            assert torch.equal(found, expected.half())
+
+
 def main(operation: str) -> None:
     """Raises AssertionError on the first case that is off."""
     random.seed(0)
     interpreter_builder.__class__ = AnyOrder
-    if operation == "union_blocks":
-        check_union_blocks()
+    alone = {
+        "union_blocks": check_union_blocks,
+        "block_lists": check_block_lists,
+        "sums": check_sums,
+    }
+    if operation in alone:
+        alone[operation]()
         return
     check = getattr(cases, f"check_{operation}")
     kernels = functools.partial(getattr(ops, operation), backend="kernel")

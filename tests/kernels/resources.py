@@ -54,12 +54,14 @@ class Layer:
     config: NSAConfig = field(default_factory=NSAConfig.paper)
 
 
-# The paper's shape; it at the width that dense kernels support, also with small groups, whose tiles
-# hold many tokens; packed, first a layer of configs/100m-16k.yaml; with a group that is larger than
-# a tile; and with groups that tiles pad, which compressed attention on Hopper leaves to the kernel
-# of the other GPUs.
+# The paper's shape; it at the width that dense kernels support, also with so few tokens that all
+# blocks are selected, and with small groups, whose tiles hold many tokens; packed, first a layer of
+# configs/100m-16k.yaml; with groups so large that a step has a part of the heads of a token; and
+# with groups that tiles pad, which compressed attention on Hopper leaves to the kernel of the other
+# GPUs.
 LAYERS = {
     "paper-d128": Layer(heads=(64, 4), dims=(128, 128)),
+    "short-d128": Layer(heads=(64, 4), dims=(128, 128), seq_len=1024),
     "paper": Layer(heads=(64, 4), dims=(192, 128)),
     "group1-d128": Layer(heads=(32, 32), dims=(128, 128)),
     "group4-d128": Layer(heads=(32, 8), dims=(128, 128)),
@@ -86,12 +88,13 @@ ALONE = (
 COMPILED = {
     ("paper-d128", 90): (*TRAINING, *ALONE),
     ("paper-d128", 80): TRAINING,
+    ("short-d128", 90): TRAINING,
     ("paper", 90): (*TRAINING, *ALONE),
     ("group1-d128", 90): ("forward", "backward"),
     ("group4-d128", 90): ("forward", "backward"),
     ("group16-d64-packed", 90): TRAINING,
     ("group1-d64-packed", 90): TRAINING,
-    ("group64-d128", 90): ("backward",),
+    ("group64-d128", 90): ("forward", "backward"),
     ("group12-d128", 90): ("forward",),
     ("group12-d64", 90): ("forward",),
     ("group4-d192", 90): ("forward",),
@@ -290,6 +293,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }

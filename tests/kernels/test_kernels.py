@@ -12,6 +12,8 @@ OPERATIONS = [
     "compressed_attention",
     "select_blocks",
     "union_blocks",
+    "block_lists",
+    "sums",
     "selected_attention",
     "window_attention",
     "nsa_attention",

@@ -6,9 +6,9 @@ warpgroups take turns, so that the softmax of one runs under the products of the
 range are shared out between them, 64 each; the queries that chose a selected block are dealt to
 them one step after the other.
 
-Rows of a step: ``BM / G`` tokens times ``G`` heads. Head dims are cut into pieces of 64 columns,
-the widest that the swizzle of shared memory holds, so that rows of single tokens can be placed next
-to each other wherever they come from.
+Rows of a step: ``BM / G`` tokens times ``G`` heads, or ``BM`` of the heads of one token. Head dims
+are cut into pieces of 64 columns, the widest that the swizzle of shared memory holds, so that rows
+of single tokens can be placed next to each other wherever they come from.
 """
 
 from triton.experimental import gluon
@@ -47,13 +47,24 @@ SELECTED = gl.constexpr(2)
 
 
 @gluon.jit
+def _place(i, o_m, SHAPE: gl.constexpr):
+    """Of each row ``o_m`` of step ``i``: its token, counted from the first, and its query head."""
+    group: gl.constexpr = SHAPE[G]
+    rows_a_step: gl.constexpr = SHAPE[BM]
+    if group <= rows_a_step:
+        return i * (rows_a_step // group) + o_m // group, o_m % group
+    else:
+        steps_a_token: gl.constexpr = group // rows_a_step
+        return i // steps_a_token + o_m // group, i % steps_a_token * rows_a_step + o_m
+
+
+@gluon.jit
 def _tokens(i, source, SHAPE: gl.constexpr):
     """The token of each row of step ``i``, as its row of queries. The last one comes again."""
-    group: gl.constexpr = SHAPE[G]
     rows_a_step: gl.constexpr = SHAPE[BM]
     _q, _do, _rows, entries_ptr, first, last, q_0, _k, _n, _offset, _window = source
     o_m = gl.arange(0, rows_a_step, gl.BlockedLayout([1], [32], [1], [0]))
-    o_e = first + i * (rows_a_step // group) + o_m // group
+    o_e = first + _place(i, o_m, SHAPE)[0]
     o_e = gl.maximum(gl.minimum(o_e, last - 1), 0)
     return gl.load(entries_ptr + o_e) if SHAPE[MODE] == SELECTED else q_0 + o_e
 
@@ -69,8 +80,9 @@ def _values(i, token, source, SHAPE: gl.constexpr):
     rows_a_step: gl.constexpr = SHAPE[BM]
     _q, _do, rows_ptr, _entries, first, last, _q_0, i_k, num_rows, _offset, _window = source
     o_m = gl.arange(0, rows_a_step, gl.BlockedLayout([1], [32], [1], [0]))
-    p_row = rows_ptr + token.to(gl.int64) * num_heads + i_k * group + o_m % group
-    exists = first + i * (rows_a_step // group) + o_m // group < last
+    o_t, o_g = _place(i, o_m, SHAPE)
+    p_row = rows_ptr + token.to(gl.int64) * num_heads + i_k * group + o_g
+    exists = first + o_t < last
     lse = gl.load(p_row, mask=exists, other=float("inf"))
     p_row += num_rows
     delta = gl.load(p_row)
@@ -88,6 +100,7 @@ def _produce(k_desc, v_desc, key_row, memory, source, steps, SHAPE: gl.constexpr
     group: gl.constexpr = SHAPE[G]
     num_heads: gl.constexpr = SHAPE[H]
     rows_a_step: gl.constexpr = SHAPE[BM]
+    together: gl.constexpr = min(group, rows_a_step)  # Rows of one token.
     PK: gl.constexpr = SHAPE[DK]
     PV: gl.constexpr = SHAPE[DV]
     stages: gl.constexpr = SHAPE[ST]
@@ -116,14 +129,17 @@ def _produce(k_desc, v_desc, key_row, memory, source, steps, SHAPE: gl.constexpr
         st = i % stages
         mbarrier.wait(empty.index(st), ((i // stages) & 1) ^ 1)
         mbarrier.expect(full.index(st), rows_a_step * (PK + PV) * 128)
-        for j in gl.static_range(rows_a_step // group):
-            token = gl.max(gl.where(o_m // group == j, tokens, 0), 0)
-            row = token * num_heads + i_k * group
+        head = i_k * group
+        if group > rows_a_step:
+            head += i % (group // rows_a_step) * rows_a_step
+        for j in gl.static_range(rows_a_step // together):
+            token = gl.max(gl.where(o_m // together == j, tokens, 0), 0)
+            row = token * num_heads + head
             for h in gl.static_range(PK):
-                to = q_s.index(st * PK + h).slice(j * group, group)
+                to = q_s.index(st * PK + h).slice(j * together, together)
                 tma.async_copy_global_to_shared(q_desc, [row, h * 64], full.index(st), to)
             for h in gl.static_range(PV):
-                to = do_s.index(st * PV + h).slice(j * group, group)
+                to = do_s.index(st * PV + h).slice(j * together, together)
                 tma.async_copy_global_to_shared(do_desc, [row, h * 64], full.index(st), to)
         position_s.index(st).store(q_offset + (tokens - q_0))
         lse_s.index(st).store(lse)
@@ -361,7 +377,6 @@ def hopper_range_dkv_kernel(
     """Grid (key tiles, K, segments of queries): as ``range_dkv_kernel``, 128 keys a tile."""
     group: gl.constexpr = SHAPE[G]
     rows_a_step: gl.constexpr = SHAPE[BM]
-    tokens: gl.constexpr = rows_a_step // group
     stride: gl.constexpr = SHAPE[STRIDE]
     block: gl.constexpr = SHAPE[BLOCK]
     i_k = gl.program_id(1)
@@ -395,9 +410,9 @@ def hopper_range_dkv_kernel(
         nothing = nothing | (first >= last)
     if nothing:
         return
-    steps = gl.maximum(last - first + tokens - 1, 0) // tokens
+    steps = gl.cdiv(gl.maximum(last - first, 0) * group, rows_a_step)
     clear = (n_0 + 127) * stride + block - 1  # The first query that sees every key.
-    masked = gl.maximum(clear - q_offset - first + tokens - 1, 0) // tokens
+    masked = gl.cdiv(gl.maximum(clear - q_offset - first, 0) * group, rows_a_step)
     masked = gl.minimum(masked, steps)
     if SHAPE[MODE] == WINDOW:
         masked = steps  # Keys leave the window of later queries.
@@ -447,7 +462,6 @@ def hopper_selected_dkv_kernel(
     """
     group: gl.constexpr = SHAPE[G]
     rows_a_step: gl.constexpr = SHAPE[BM]
-    tokens: gl.constexpr = rows_a_step // group
     i_part = gl.program_id(0)
     i_list = find_numbered(entry_offsets_ptr, num_lists, i_part, segment)
     i_segment = i_part - first_number(entry_offsets_ptr, i_list, segment)
@@ -462,10 +476,10 @@ def hopper_selected_dkv_kernel(
     )
     key_0 = (token_0 + start).to(gl.int32)
     q_0 = query_0.to(gl.int32)
-    steps = (last - first + tokens - 1) // tokens
+    steps = gl.cdiv((last - first) * group, rows_a_step)
     # Only queries inside the block itself see a part of it, and they come first.
     inside = 64 if i_segment == 0 else 0
-    masked = gl.minimum((inside + 2 * tokens - 1) // (2 * tokens) * 2, steps)
+    masked = gl.minimum(gl.cdiv(inside * group, 2 * rows_a_step) * 2, steps)
     dk: gl.constexpr = SHAPE[DK] * 64
     dv: gl.constexpr = SHAPE[DV] * 64
     dk_ptr += i_part.to(gl.int64) * (128 * dk)

@@ -275,6 +275,27 @@ def top_blocks_kernel(
     )
 
 
+@triton.jit(do_not_specialize=["T_q", "q_offset", "num_rows"])
+def all_blocks_kernel(
+    indices_ptr,
+    T_q,
+    q_offset,
+    num_rows,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    SELECT: tl.constexpr,
+    NP: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Grid (rows / BM): the choice ``[B, T, K, N]`` where every candidate is taken."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    own_block = (q_offset + row // K % T_q) // SELECT
+    o_n = tl.arange(0, NP)[None, :]
+    chosen = tl.where(o_n <= own_block[:, None], o_n, -1)
+    p_out = indices_ptr + row.to(tl.int64)[:, None] * N + o_n
+    tl.store(p_out, chosen, mask=(row < num_rows)[:, None] & (o_n < N))
+
+
 @triton.jit
 def _take_turns(b_block, b_bit, m_first, count, BQ: tl.constexpr, U: tl.constexpr):
     """Blocks, and sums of bits: first those that both halves of the tokens chose, then in turns.

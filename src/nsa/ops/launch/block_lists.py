@@ -18,7 +18,9 @@ def invert(
     """
     num_kv_heads, n = block_indices.shape[-2:]
     num_lists = num_kv_heads * blocks.num_tiles
-    numbers = torch.empty_like(block_indices)
+    # Sorting takes a pass for every byte of a number.
+    dtype = torch.int16 if num_lists < 1 << 15 else torch.int32
+    numbers = torch.empty_like(block_indices, dtype=dtype)
     queries = QueryTiles.of(q, blocks.cu_seqlens if blocks.packed else None, blocks.tokens)
     launch(
         list_numbers_kernel,
@@ -36,6 +38,7 @@ def invert(
         num_warps=4,
     )
     ranked, order = torch.sort(numbers.view(-1), stable=True)
-    lists = torch.arange(num_lists + 1, device=q.device, dtype=torch.int32)
-    entries = (order // (num_kv_heads * n)).int()
+    lists = torch.arange(num_lists + 1, device=q.device, dtype=dtype)
+    entries = torch.empty(order.shape, dtype=torch.int32, device=q.device)
+    torch.floor_divide(order, num_kv_heads * n, out=entries)
     return entries, torch.searchsorted(ranked, lists, out_int32=True)

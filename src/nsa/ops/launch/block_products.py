@@ -20,9 +20,11 @@ from nsa.kernels.compress_kv import (
     token_gradients_kernel,
     weight_gradients_kernel,
 )
+from nsa.ops.launch.sums import sum_parts
 from nsa.ops.launch.tiles import ceil_div, launch, padded_dim
 
 Sides = Sequence[Tensor]  # Of keys and values, or of one of the two.
+FEW_PROGRAMS = 128  # About as many as a GPU has multiprocessors.
 
 
 def both(**tensors: Sides) -> dict[str, Tensor]:
@@ -135,18 +137,17 @@ def hidden(
     *,
     silu: bool = False,
     gradient: tuple[Sides, Sides, Sides] | None = None,
-    BM=128,
-    num_warps=8,
-    num_stages=3,
+    num_warps=4,
 ) -> None:
     """Fills ``out [..., K, F]``; with ``gradient = (dout, w2, dhidden)`` also dhidden."""
     K, D = x[0].shape[-2:]
     F = w1[0].shape[0]
-    BM, BF = height(x[0], BM), width(F, x[0])
+    BM, BF = height(x[0], 64), min(64, width(F, x[0]))
     dout, w2, dhidden = gradient or (out, w1, out)
+    grid = (ceil_div(blocks.num, BM - 1), ceil_div(F, BF), len(x) * K)
     launch(
         hidden_kernel,
-        (ceil_div(blocks.num, BM - 1), ceil_div(F, BF), len(x) * K),
+        grid,
         **both(x=x, pe=pe, w1=w1, out=out, dout=dout, w2=w2, dhidden=dhidden),
         **blocks.arguments(),
         K=K,
@@ -159,7 +160,8 @@ def hidden(
         SILU=silu,
         GRAD=gradient is not None,
         num_warps=num_warps,
-        num_stages=num_stages,
+        # With a multiprocessor to itself, a program has memory to load far ahead.
+        num_stages=5 if prod(grid) <= FEW_PROGRAMS else 3,
     )
 
 
@@ -310,4 +312,4 @@ def weight_gradients(
         num_warps=num_warps,
         num_stages=num_stages,
     )
-    return [side[0] if num_parts == 1 else side.sum(0).to(dtype) for side in parts]
+    return [side[0] for side in parts] if num_parts == 1 else sum_parts(parts, dtype)

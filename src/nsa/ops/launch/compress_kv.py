@@ -127,8 +127,7 @@ def _mlp_bwd(
     act = [side.new_empty(shape) for side in x]
     all_dhidden = x[0].new_empty(len(x), *shape)
     dhidden = all_dhidden.unbind()
-    # Two accumulators instead of one: tiles of half the height keep them in registers.
-    hidden(x, pe, w1, blocks, act, silu=True, gradient=(dout, w2, dhidden), BM=64)
+    hidden(x, pe, w1, blocks, act, silu=True, gradient=(dout, w2, dhidden))
     dx = token_gradients(x, blocks, pieces, dhidden=dhidden, w1=w1, dout=dout)
     sums = all_dhidden.sum(1, dtype=torch.float32).unbind()
     dpe, dw1 = position_gradients(dhidden, sums, x, pe, w1, blocks, sum_blocks(dout))

@@ -21,7 +21,7 @@ def applies(q: Tensor, v: Tensor, sizes: dict[str, int]) -> bool:
         and q.element_size() == 2
         and q.shape[-1] in (64, 128, 192)
         and v.shape[-1] in (64, 128)
-        and sizes["G"] in (8, 16, 32)
+        and sizes["G"] in (8, 16, 32, 64)
     )
 
 
@@ -35,10 +35,11 @@ def stages(sizes: dict[str, int], key_tiles: int) -> int:
 def descriptors(
     q: Tensor, do: Tensor, k: Tensor, v: Tensor, values: Tensor, group: int
 ) -> dict[str, TensorDescriptor | Tensor]:
-    """What the copy engine reads: rows of queries one kv head wide, tiles of 64 keys."""
+    """What the copy engine reads: rows of one token, as many as a step has, tiles of 64 keys."""
+    rows = min(group, BM)
     return {
-        "q_desc": descriptor(q, (-1, q.shape[-1]), [group, 64]),
-        "do_desc": descriptor(do, (-1, do.shape[-1]), [group, 64]),
+        "q_desc": descriptor(q, (-1, q.shape[-1]), [rows, 64]),
+        "do_desc": descriptor(do, (-1, do.shape[-1]), [rows, 64]),
         "k_desc": descriptor(k, (-1, k.shape[-2] * k.shape[-1]), [64, 64]),
         "v_desc": descriptor(v, (-1, v.shape[-2] * v.shape[-1]), [64, 64]),
         "rows_ptr": values,

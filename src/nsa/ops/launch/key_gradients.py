@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +12,11 @@ from nsa.kernels.hopper_key_gradients import (
     hopper_range_dkv_kernel,
     hopper_selected_dkv_kernel,
 )
-from nsa.kernels.key_gradients import range_dkv_kernel, selected_dkv_kernel, sum_parts_kernel
+from nsa.kernels.key_gradients import range_dkv_kernel, selected_dkv_kernel
 from nsa.ops.launch import hopper_key_gradients as hopper
 from nsa.ops.launch.block_lists import invert
 from nsa.ops.launch.branches import Branch, Geometry
+from nsa.ops.launch.sums import sum_lists, sum_parts
 from nsa.ops.launch.tiles import (
     QueryTiles,
     ceil_div,
@@ -57,9 +57,10 @@ class Rows:
 # Queries of a selected block whose sums one program adds up, for each of its sums. All queries
 # choose the first block: in parts, its list takes no longer than the others.
 MIN_PART, PART = 64, 1024
-# Programs that keep a GPU busy. Compressed keys are few, and the first have the most queries.
-ENOUGH_PROGRAMS, ENOUGH_UNEVEN_PROGRAMS = 192, 2048
-MIN_SEGMENT, MAX_PARTS = 64, 64
+# Programs that keep a GPU busy: one for each multiprocessor, more would take turns. Compressed keys
+# are few, and the first have the most queries.
+ENOUGH_PROGRAMS, ENOUGH_UNEVEN_PROGRAMS = 128, 2048
+MIN_SEGMENT, SEGMENT_UNIT, MAX_PARTS = 64, 16, 64
 
 
 def segment_size(num_queries: int, programs: int, uneven: bool) -> int:
@@ -69,7 +70,7 @@ def segment_size(num_queries: int, programs: int, uneven: bool) -> int:
     """
     enough = ENOUGH_UNEVEN_PROGRAMS if uneven else ENOUGH_PROGRAMS
     parts = min(MAX_PARTS, max(1, enough // max(1, programs)))
-    return max(1, ceil_div(ceil_div(num_queries, parts), MIN_SEGMENT)) * MIN_SEGMENT
+    return max(MIN_SEGMENT, ceil_div(ceil_div(num_queries, parts), SEGMENT_UNIT) * SEGMENT_UNIT)
 
 
 def range_dkv(
@@ -126,7 +127,8 @@ def range_dkv(
             launch(range_dkv_kernel, grid, **rows.arguments(branch), **common, **plain)
     if num_parts == 1:
         return dk[0], dv[0]
-    return dk.sum(0).to(q.dtype), dv.sum(0).to(q.dtype)
+    dk, dv = sum_parts((dk, dv), q.dtype)
+    return dk, dv
 
 
 def selected_dkv(rows: Rows, branch: Branch, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -176,37 +178,5 @@ def selected_dkv(rows: Rows, branch: Branch, geometry: Geometry) -> tuple[Tensor
     else:
         common |= {**rows.arguments(branch), **sizes, "SELECT": size, **shape._asdict()}
         launch(selected_dkv_kernel, (max_parts, ceil_div(size, shape.BN)), **common)
-    _sum_parts((parts_k, parts_v), (dk, dv), sums, shape.BN, blocks, where)
+    sum_lists((parts_k, parts_v), (dk, dv), sums, blocks, where)
     return dk, dv
-
-
-def _sum_parts(
-    parts: tuple[Tensor, Tensor],
-    out: tuple[Tensor, Tensor],
-    sums: int,
-    BN: int,
-    blocks: QueryTiles,
-    where: dict[str, Any],
-) -> None:
-    """Adds the ``sums`` partial sums of each part of a block's list: ``dk`` and ``dv``."""
-    size, num_kv_heads = parts[0].shape[1], out[0].shape[-2]
-    key_dim, value_dim = (x.shape[-1] for x in out)
-    launch(
-        sum_parts_kernel,
-        (blocks.num_tiles, num_kv_heads, ceil_div(size, BN)),
-        parts_k_ptr=parts[0],
-        parts_v_ptr=parts[1],
-        dk_ptr=out[0],
-        dv_ptr=out[1],
-        **where,
-        num_blocks=blocks.num_tiles,
-        SUMS=sums,
-        K=num_kv_heads,
-        DK=key_dim,
-        DV=value_dim,
-        DKP=next_power_of_2(key_dim),
-        DVP=next_power_of_2(value_dim),
-        SELECT=size,
-        BN=BN,
-        num_warps=4,
-    )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels.select_blocks import (
+    all_blocks_kernel,
     block_scores_kernel,
     top_blocks_kernel,
     union_blocks_kernel,
@@ -43,12 +44,25 @@ def covers(q: Tensor, config: NSAConfig, q_offset: int) -> bool:
     return q_offset + q.shape[-3] <= config.num_selected_blocks * config.block_size
 
 
-def _all_candidates(q: Tensor, num_kv_heads: int, config: NSAConfig, q_offset: int) -> Tensor:
-    """What ``select_blocks`` gives where the candidates fit the list."""
-    position = torch.arange(q_offset, q_offset + q.shape[1], dtype=torch.int32, device=q.device)
-    block = torch.arange(config.num_selected_blocks, dtype=torch.int32, device=q.device)
-    chosen = torch.where(block <= (position // config.block_size)[:, None], block, -1)
-    return chosen[None, :, None].expand(q.shape[0], -1, num_kv_heads, -1).contiguous()
+def _all_candidates(indices: Tensor, config: NSAConfig, q_offset: int, BM=64) -> Tensor:
+    """Fills in what ``select_blocks`` gives where the candidates fit the list."""
+    num_kv_heads, n = indices.shape[-2:]
+    num_rows = indices.numel() // n
+    launch(
+        all_blocks_kernel,
+        (ceil_div(num_rows, BM),),
+        indices_ptr=indices,
+        T_q=indices.shape[1],
+        q_offset=q_offset,
+        num_rows=num_rows,
+        K=num_kv_heads,
+        N=n,
+        SELECT=config.block_size,
+        NP=next_power_of_2(n),
+        BM=BM,
+        num_warps=4,
+    )
+    return indices
 
 
 def select_blocks(
@@ -62,15 +76,16 @@ def select_blocks(
     q_offset: int = 0,
 ) -> Tensor:
     """``block_indices``."""
+    num_kv_heads, n = k_cmp.shape[-2], config.num_selected_blocks
+    indices = q.new_empty((*q.shape[:-2], num_kv_heads, n), dtype=torch.int32)
+    if q.numel() == 0:
+        return indices
     if q.dim() == 4 and covers(q, config, q_offset):
-        return _all_candidates(q, k_cmp.shape[-2], config, q_offset)
+        return _all_candidates(indices, config, q_offset)
+    indices.fill_(-1)
     q, lse = q.contiguous(), lse.contiguous()
     k_cmp = reachable(k_cmp, q, q_offset, config.compress_block_size, config.compress_stride)
     sizes = heads(q, k_cmp)
-    shape = (*q.shape[:-2], sizes["K"], config.num_selected_blocks)
-    indices = torch.full(shape, -1, dtype=torch.int32, device=q.device)
-    if q.numel() == 0:
-        return indices
     per_block = config.block_size // config.compress_stride
     padded = max(2, next_power_of_2(per_block))
     on_hopper = hopper_forward.has_scores(q, k_cmp, per_block)

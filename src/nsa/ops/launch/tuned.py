@@ -18,7 +18,6 @@ from torch import Tensor
 # Kernels that walk lists of blocks with one membership bit per token of the tile.
 WITH_BITS = ("token_attention_fwd", "dq")
 MAX_TOKENS = 64  # Bits of an int64.
-MAX_WARPS = 8
 
 
 class Tile(NamedTuple):
@@ -42,10 +41,7 @@ def tile(kernel: str, sizes: dict[str, int], like: Tensor) -> Tile:
     rows = max(found.BM, sizes["GP"])
     if kernel in WITH_BITS:
         rows = min(rows, MAX_TOKENS * sizes["GP"])
-    # Rows that a large group adds would spill without warps of their own.
-    growth = max(rows // found.BM, 1)
-    warps = max(found.num_warps, min(found.num_warps * growth, MAX_WARPS))
-    return found._replace(BM=rows, num_warps=warps)
+    return found._replace(BM=rows)
 
 
 def capability(like: Tensor) -> int:
@@ -63,8 +59,10 @@ def _measured(kernel: str, sizes: dict[str, int], like: Tensor) -> Tile | None:
         return None
     for entry in table(f"sm{capability(like)}0").get(kernel, []):
         fits = entry["key_dim"] == sizes["DKP"] and entry["value_dim"] == sizes.get("DVP", 0)
-        if fits and entry["group"] in (0, sizes["GP"]):
-            return Tile(*entry["tile"])
+        found = Tile(*entry["tile"])
+        # A larger group would add rows that no one measured, and that spill.
+        if fits and entry["group"] in (0, sizes["GP"]) and sizes["GP"] <= found.BM:
+            return found
     return None
 
 
