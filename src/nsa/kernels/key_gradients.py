@@ -248,22 +248,11 @@ def selected_dkv_kernel(
         i_list % num_blocks, cu_seqlens_ptr, num_seqs, T_k, T_q, 0, SELECT, 1, PACKED
     )
     key_0 = token_0 + start
-    o_n = tl.program_id(1) * BN + tl.arange(0, BN)
-    m_n = (start + o_n < n_k)[:, None]
-    if SELECT % BN != 0:
-        m_n = m_n & (o_n < SELECT)[:, None]
-    o_dk = tl.arange(0, DKP)
-    o_dv = tl.arange(0, DVP)
-    b_k = tl.load(
-        k_ptr + ((key_0 + o_n) * K + i_k)[:, None] * DK + o_dk[None, :],
-        mask=m_n & (o_dk < DK)[None, :],
-        other=0.0,
-    )
-    b_v = tl.load(
-        v_ptr + ((key_0 + o_n) * K + i_k)[:, None] * DV + o_dv[None, :],
-        mask=m_n & (o_dv < DV)[None, :],
-        other=0.0,
-    )
+    count = tl.minimum(n_k - start, SELECT)
+    n_0 = tl.program_id(1) * BN
+    o_n, m_n, p_k, m_k, p_v, m_v = _key_places(n_0, key_0, count, i_k, K, DK, DKP, DV, DVP, BN)
+    b_k = tl.load(k_ptr + p_k, mask=m_k, other=0.0)
+    b_v = tl.load(v_ptr + p_v, mask=m_v, other=0.0)
     b_dk = tl.zeros([BN, DKP], tl.float32)
     b_dv = tl.zeros([BN, DVP], tl.float32)
     o_m = tl.arange(0, BM)
@@ -293,9 +282,10 @@ def selected_dkv_kernel(
             DV,
             DVP,
         )
-    p_part = (i_part.to(tl.int64) * SELECT + o_n)[:, None]
-    tl.store(dk_ptr + p_part * DK + o_dk[None, :], b_dk * scale, mask=m_n & (o_dk < DK)[None, :])
-    tl.store(dv_ptr + p_part * DV + o_dv[None, :], b_dv, mask=m_n & (o_dv < DV)[None, :])
+    n_0, part = opaque(n_0), i_part.to(tl.int64) * SELECT
+    _, _, p_k, m_k, p_v, m_v = _key_places(n_0, part, count, 0, 1, DK, DKP, DV, DVP, BN)
+    tl.store(dk_ptr + p_k, b_dk * scale, mask=m_k)
+    tl.store(dv_ptr + p_v, b_dv, mask=m_v)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_blocks", "T_q", "T_k"])
