@@ -114,6 +114,22 @@ def test_an_entry_replaces_that_of_its_sizes_and_precedes_that_of_any_group():
     assert merged([any_group, old, wide], new) == [wide, new, any_group]
 
 
+def test_a_tile_of_any_group_is_for_groups_that_it_has_rows_for(monkeypatch, table):
+    monkeypatch.setattr(tuned, "capability", lambda _: 7)
+    half = torch.empty(1, dtype=torch.bfloat16)
+    table["dq"] = [
+        {**LIKE, "group": 32, "tile": [16, 1, 1, 1]},
+        {**LIKE, "group": 0, "tile": [16, 2, 2, 2]},
+    ]
+
+    def found(group):
+        return tuned.tile("dq", {"GP": group, "DKP": 128, "DVP": 128}, half)
+
+    assert found(16) == Tile(16, 2, 2, 2)
+    assert found(32) == Tile(32, 1, 1, 1)  # Measured with it.
+    assert found(64) == Tile(64, 32, 4, 2)  # The safe one.
+
+
 def test_the_written_table_comes_back_one_entry_a_line(tmp_path):
     entries = {"dq": [{**LIKE, "tile": [64, 64, 4, 2]}, {**LIKE, "group": 1, "tile": [1, 2, 3, 4]}]}
     path = tmp_path / "tuned" / "sm90.json"

@@ -2,7 +2,7 @@
 
 ``nsa bench tune`` writes the tables; nothing is tuned on a user's machine. A table lists, for each
 kernel, entries of ``{"key_dim", "value_dim", "group", "tile": [BM, BN, num_warps, num_stages]}``.
-Dims and group are padded to powers of two; a group of 0 stands for any.
+Dims and group are padded to powers of two; a group of 0 stands for any that a tile has rows for.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def _measured(kernel: str, sizes: dict[str, int], like: Tensor) -> Tile | None:
     for entry in table(f"sm{capability(like)}0").get(kernel, []):
         fits = entry["key_dim"] == sizes["DKP"] and entry["value_dim"] == sizes.get("DVP", 0)
         found = Tile(*entry["tile"])
-        # A larger group would add rows that no one measured, and that spill.
-        if fits and entry["group"] in (0, sizes["GP"]) and sizes["GP"] <= found.BM:
+        # Of the tiles for any group, one with fewer rows would get rows that no one measured.
+        any_group = entry["group"] == 0 and sizes["GP"] <= found.BM
+        if fits and (any_group or entry["group"] == sizes["GP"]):
             return found
     return None
 
