@@ -129,9 +129,7 @@ def _produce(k_desc, v_desc, key_row, memory, source, steps, SHAPE: gl.constexpr
         st = i % stages
         mbarrier.wait(empty.index(st), ((i // stages) & 1) ^ 1)
         mbarrier.expect(full.index(st), rows_a_step * (PK + PV) * 128)
-        head = i_k * group
-        if group > rows_a_step:
-            head += i % (group // rows_a_step) * rows_a_step
+        head = i_k * group + _place(i, 0, SHAPE)[1]
         for j in gl.static_range(rows_a_step // together):
             token = gl.max(gl.where(o_m // together == j, tokens, 0), 0)
             row = token * num_heads + head

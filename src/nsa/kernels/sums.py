@@ -1,6 +1,6 @@
 """Sums of float32 parts that several programs wrote, always in the same order.
 
-Keys and values are two *sides*, one for each index of the last axis of the grid.
+Keys and values are two *sides*, first and last on the last axis of the grid.
 """
 
 import triton

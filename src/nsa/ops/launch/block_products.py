@@ -21,10 +21,9 @@ from nsa.kernels.compress_kv import (
     weight_gradients_kernel,
 )
 from nsa.ops.launch.sums import sum_parts
-from nsa.ops.launch.tiles import ceil_div, launch, padded_dim
+from nsa.ops.launch.tiles import ENOUGH_PROGRAMS, ceil_div, launch, padded_dim
 
 Sides = Sequence[Tensor]  # Of keys and values, or of one of the two.
-FEW_PROGRAMS = 128  # About as many as a GPU has multiprocessors.
 
 
 def both(**tensors: Sides) -> dict[str, Tensor]:
@@ -161,7 +160,7 @@ def hidden(
         GRAD=gradient is not None,
         num_warps=num_warps,
         # With a multiprocessor to itself, a program has memory to load far ahead.
-        num_stages=5 if prod(grid) <= FEW_PROGRAMS else 3,
+        num_stages=5 if prod(grid) <= ENOUGH_PROGRAMS else 3,
     )
 
 

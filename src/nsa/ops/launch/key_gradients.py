@@ -18,6 +18,7 @@ from nsa.ops.launch.block_lists import invert
 from nsa.ops.launch.branches import Branch, Geometry
 from nsa.ops.launch.sums import sum_lists, sum_parts
 from nsa.ops.launch.tiles import (
+    ENOUGH_PROGRAMS,
     QueryTiles,
     ceil_div,
     heads,
@@ -57,9 +58,8 @@ class Rows:
 # Queries of a selected block whose sums one program adds up, for each of its sums. All queries
 # choose the first block: in parts, its list takes no longer than the others.
 MIN_PART, PART = 64, 1024
-# Programs that keep a GPU busy: one for each multiprocessor, more would take turns. Compressed keys
-# are few, and the first have the most queries.
-ENOUGH_PROGRAMS, ENOUGH_UNEVEN_PROGRAMS = 128, 2048
+# Of compressed keys, which are few, and of which the first have the most queries.
+ENOUGH_UNEVEN_PROGRAMS = 2048
 MIN_SEGMENT, SEGMENT_UNIT, MAX_PARTS = 64, 16, 64
 
 

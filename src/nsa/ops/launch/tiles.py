@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
+# Programs that keep a GPU busy: about one for each multiprocessor, more would take turns.
+ENOUGH_PROGRAMS = 128
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
