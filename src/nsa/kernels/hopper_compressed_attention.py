@@ -24,8 +24,11 @@ from nsa.kernels.hopper_tiles import (
     barrier,
     barriers,
     exp2,
+    fold,
+    join_parts,
     pack,
     pass_turn,
+    scale_parts,
     tile_steps,
     unpack,
     wide_places,
@@ -112,14 +115,15 @@ def _softmax(b_s, b_m, b_l, scale_log2, first_key, b_visible, o_n, MASKED: gl.co
     """Probabilities of raw logits ``[64, BN]``, new maximum (base 2, scaled), sum and rescaling."""
     if MASKED:
         b_s = gl.where((first_key + o_n)[None, :] < b_visible[:, None], b_s, float("-inf"))
-    b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * scale_log2)
+    b_max = join_parts(fold(b_s, MAX=True), b_m, MAX=True)
+    b_m_new = gl.maximum(b_m, b_max * scale_log2)
     b_m_safe = b_m_new
     if MASKED:
         # Rows that have seen no key yet keep m = -inf: see ``nsa.kernels.tiles.softmax_step``.
         b_m_safe = gl.where(b_m_new == float("-inf"), 0.0, b_m_new)
     b_p = exp2(b_s * scale_log2 - b_m_safe[:, None])
     b_alpha = exp2(b_m - b_m_safe)
-    return b_p, b_m_new, b_l * b_alpha + gl.sum(b_p, 1), b_alpha
+    return b_p, b_m_new, scale_parts(b_l, b_alpha) + fold(b_p, MAX=False), b_alpha
 
 
 @gluon.jit
@@ -207,7 +211,7 @@ def _consumer(
         o_t = t_0 + o_m // G
         b_visible = num_visible(tiles[4] + o_t, BLOCK, STRIDE)
         b_m = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-        b_l = gl.zeros([64], gl.float32, gl.SliceLayout(1, s_layout))
+        b_l = fold(zero, MAX=False)
         b_acc = gl.zeros([64, DV], gl.float32, o_layout)
         mbarrier.wait(q_full, q_phase)
         q_phase = q_phase ^ 1
@@ -252,6 +256,7 @@ def _consumer(
         else:
             b_o = b_acc
             mbarrier.arrive(q_empty, count=1)
+        b_l = join_parts(b_l, b_m, MAX=False)
         p_row = (q_0 + o_t) * H + i_k * G + o_m % G
         gl.store(lse_ptr + p_row, (b_m + gl.log2(b_l)) * 0.6931471805599453, mask=o_t < n_q)
         b_inv = 1.0 / gl.where(b_l == 0.0, 1.0, b_l)

@@ -24,15 +24,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa.kernels.hopper_tiles import (
+    alike,
     barrier,
     barriers,
     exp2,
     pack,
+    tokens_of,
     union_entry,
+    unlike,
     wide_places,
     widen,
 )
-from nsa.kernels.tiles import locate_tile, num_visible
+from nsa.kernels.tiles import locate_tile, num_visible, opaque
 
 BM = gl.constexpr(128)  # Query rows of a tile: 64 for each warpgroup.
 BN = gl.constexpr(64)  # Keys of a step, and of a selected block.
@@ -87,7 +90,7 @@ def _plan(i_flat, num_tiles, tiles, union, SHAPE: gl.constexpr):
         if SHAPE[ALL]:
             n_slc = gl.where(exists, last // BN + 1, 0)
         else:
-            n_slc = gl.load(union[2] + p_tile)
+            n_slc = gl.load(union[2] + p_tile).to(gl.int32)
     if SHAPE[BRANCHES] & 4:
         n_win = gl.where(exists, (last - first) // BN + 1, 0)
     rows = (q_0, k_0.to(gl.int32), c_0.to(gl.int32))
@@ -158,9 +161,11 @@ def _producer(descs, queries, ring, num_tiles, tiles, union, SHAPE: gl.constexpr
 
 @gluon.jit
 def _entry(i, count, p_tile, union, SHAPE: gl.constexpr):
-    """First key of entry ``i`` of a tile's union list, and a bit for each token that chose it."""
-    block, bits = union_entry(i, count, p_tile.to(gl.int64), union[0], union[1], SHAPE[U])
-    return block * BN, bits
+    """Entry ``i`` of a tile's union list where there are any: see ``union_entry``."""
+    if (SHAPE[BRANCHES] & 2) and not SHAPE[ALL]:
+        return union_entry(i, count, p_tile.to(gl.int64), union[0], union[1], SHAPE[U])
+    else:
+        return gl.to_tensor(0), gl.to_tensor(0).to(gl.int64)
 
 
 @gluon.jit
@@ -232,6 +237,7 @@ def _consumer(
     zero = gl.zeros([64, BN], gl.float32, s_layout)
     o_n = gl.arange(0, BN, gl.SliceLayout(0, s_layout))
     o_m = gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+    o_row = o_m // group * SHAPE[H] + o_m % group  # From the first row of the tile.
     every: gl.constexpr = (1 << tokens) - 1
     i_copy = 0
     q_phase = 0
@@ -239,48 +245,50 @@ def _consumer(
         i_k, t_0, rows, n_q, first, p_tile, steps = _plan(i_flat, num_tiles, tiles, union, SHAPE)
         t_0 += PART * tokens
         o_t = t_0 + o_m // group
-        p_row = (rows[0] + o_t) * SHAPE[H] + i_k * group + o_m % group
         dq = ()
         for _ in gl.static_range(pieces):
             dq = dq + (gl.zeros([64, key_dim], gl.float32, dq_layout),)
         mbarrier.wait(q_full, q_phase)
         q_phase = q_phase ^ 1
-        p_value = rows_ptr + p_row  # Moves on by steps: multiples of ``num_rows`` would be kept.
+        # More than one piece leaves no registers for it.
+        p_list = unlike(p_tile) if pieces == 1 else p_tile
+        # Moves on by steps: multiples of ``num_rows`` would be kept.
+        p_value = rows_ptr + ((rows[0] + t_0) * SHAPE[H] + i_k * group)
         # One loop for all branches: copies of it would crowd the instruction cache.
         for branch in range(3):
             count = gl.where(branch == COMPRESSED, steps[0], steps[2])
             count = gl.where(branch == SELECTED, steps[1], count)
             m_row = (o_t < n_q) & (count > 0)
-            b_lse = gl.load(p_value, mask=m_row, other=float("inf"))
+            b_lse = gl.load(p_value + o_row, mask=m_row, other=float("inf"))
             p_value += num_rows
-            b_delta = gl.load(p_value, mask=m_row, other=0.0)
+            b_delta = gl.load(p_value + o_row, mask=m_row, other=0.0)
             p_value += num_rows
-            b_gate = gl.load(p_value, mask=m_row, other=0.0)
+            b_gate = gl.load(p_value + o_row, mask=m_row, other=0.0)
             p_value += num_rows
             # Keys end ``spacing`` tokens apart, and a row sees the last ``reach`` tokens.
             spacing = gl.where(branch == COMPRESSED, SHAPE[STRIDE], 1)
             reach = gl.where(branch == WINDOW, tiles[6], 1 << 30)
             origin = gl.where(branch == COMPRESSED, SHAPE[BLOCK] - 1, 0) - tiles[5] - t_0
-            start = gl.where(branch == WINDOW, first, 0)
-            bits = every
-            if (SHAPE[BRANCHES] & 2) and not SHAPE[ALL]:
-                listed = gl.where(branch == SELECTED, count, 0)
-                start_listed, bits_listed = _entry(0, listed, p_tile, union, SHAPE)
-                start = gl.where(branch == SELECTED, start_listed, start)
-                bits = gl.where(branch == SELECTED, bits_listed >> (PART * tokens), every)
+            from_key = gl.where(branch == WINDOW, first, 0)
+            listed = gl.where(branch == SELECTED, count, 0)
+            seen = gl.to_tensor(0).to(gl.int64)
+            entry = _entry(0, listed, p_list, union, SHAPE)
             for i in range(count):
-                start_next = start + BN
-                bits_next = every
+                # A plain 1 is added to the address of the lists, ahead of all tiles, and spilled.
+                following = _entry(i + opaque(1), listed, p_list, union, SHAPE)
+                start = from_key + i * BN
+                bits = gl.to_tensor(every)
                 if (SHAPE[BRANCHES] & 2) and not SHAPE[ALL]:
-                    start_listed, bits_listed = _entry(i + 1, listed, p_tile, union, SHAPE)
-                    start_next = gl.where(branch == SELECTED, start_listed, start_next)
-                    bits_next = gl.where(branch == SELECTED, bits_listed >> (PART * tokens), every)
+                    start = gl.where(branch == SELECTED, entry[0].to(gl.int32) * BN, start)
+                    bits = gl.where(
+                        branch == SELECTED, tokens_of(entry, seen) >> (PART * tokens), every
+                    )
                 i_s = i_copy % SHAPE[STAGES]
                 arrived = (full.index(i_s), (i_copy // SHAPE[STAGES]) & 1)
                 mbarrier.wait(arrived[0], arrived[1])
-                if (bits & every) != 0:
+                if alike((bits & every) != 0):
                     end = start * spacing + origin  # Of the first key, from the first token.
-                    masked = (end + (BN - 1) * spacing > 0) | (end <= tokens - 1 - reach)
+                    masked = alike((end + (BN - 1) * spacing > 0) | (end <= tokens - 1 - reach))
                     dq = _step(
                         PART, i_s, queries, ring, dq, zero, (b_lse, b_delta, b_gate), bits,
                         (end, spacing, reach, masked), (o_m // group, o_n), scale_log2, arrived,
@@ -288,9 +296,12 @@ def _consumer(
                     )  # fmt: skip
                 mbarrier.arrive(empty.index(i_s), count=1)
                 i_copy += 1
-                start = start_next
-                bits = bits_next
+                seen = entry[1]
+                entry = following
         mbarrier.arrive(q_empty, count=1)
+        t_0 = opaque(t_0)
+        o_t = t_0 + o_m // group
+        p_row = (rows[0] + t_0) * SHAPE[H] + i_k * group + o_row
         p_out, keep = wide_places(p_row, o_t < n_q, pieces * key_dim // 2, key_dim // 2)
         p_dq = dq_ptr.to(gl.pointer_type(gl.int32)) + p_out  # Written as pairs.
         for h in gl.static_range(pieces):

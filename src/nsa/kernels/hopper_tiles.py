@@ -63,8 +63,8 @@ def _rows(pairs: int, swaps: int) -> gl.constexpr:
 
 
 # One swap at a time is made by shuffles; two would go through shared memory.
-NARROW_32, HALFWAY_32, WIDE_32 = (_rows(32, swaps) for swaps in range(3))
-NARROW_64, HALFWAY_64, WIDE_64 = (_rows(64, swaps) for swaps in range(3))
+HALFWAY_32, WIDE_32 = _rows(32, 1), _rows(32, 2)
+HALFWAY_64, WIDE_64 = _rows(64, 1), _rows(64, 2)
 
 
 @gluon.jit
@@ -94,19 +94,42 @@ def wide_places(p_row, exists, stride: gl.constexpr, PAIRS: gl.constexpr):
 
 
 @gluon.jit
-def narrow(b_x):
-    """The reverse of ``widen``."""
-    PAIRS: gl.constexpr = b_x.shape[1]
-    b_x = gl.convert_layout(b_x, HALFWAY_64 if PAIRS == 64 else HALFWAY_32)
-    return gl.convert_layout(_keep(b_x), NARROW_64 if PAIRS == 64 else NARROW_32)
-
-
-@gluon.jit
 def exp2(x):
     """Flushes denormals, which saves three instructions."""
     return gl.inline_asm_elementwise(
         "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
     )
+
+
+@gluon.jit
+def fold(b_x, MAX: gl.constexpr):
+    """The maximum of each row, or its sum, as far as a thread gets alone: ``[64, 4]``.
+
+    Four threads share a row of a product. ``gl.max`` and ``gl.sum`` would make chains of one
+    operation after the other, here each thread has several on their way, and a sum that only goes
+    on to the next step needs no exchange between threads.
+    """
+    b_low, b_high = gl.split(gl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 2, 2]))
+    b_x = gl.maximum(b_low, b_high) if MAX else b_low + b_high
+    for _ in gl.static_range(8):
+        if b_x.shape[1] > 4:
+            halves = gl.reshape(b_x, [b_x.shape[0], 2, b_x.shape[1] // 2])
+            b_low, b_high = gl.split(gl.permute(halves, (0, 2, 1)))
+            b_x = gl.maximum(b_low, b_high) if MAX else b_low + b_high
+    return b_x
+
+
+@gluon.jit
+def scale_parts(b_parts, b_rows):
+    """Sums ``[64, 4]`` of ``fold`` times a value of each row."""
+    return b_parts * gl.convert_layout(b_rows, gl.SliceLayout(1, b_parts.type.layout))[:, None]
+
+
+@gluon.jit
+def join_parts(b_parts, b_like, MAX: gl.constexpr):
+    """What ``fold`` left to the four threads of a row, as rows like ``b_like``."""
+    b_x = gl.max(b_parts, 1) if MAX else gl.sum(b_parts, 1)
+    return gl.convert_layout(b_x, b_like.type.layout)
 
 
 def _unless_one(values: int) -> gl.constexpr:
@@ -157,12 +180,29 @@ def pack(b_p, dtype: gl.constexpr):
     taken apart and put together again there.
     """
     low, high = gl.split(gl.reshape(b_p, [b_p.shape[0], b_p.shape[1] // 2, 2]))
+    return pack_pair(low, high, dtype)
+
+
+@gluon.jit
+def pack_pair(low, high, dtype: gl.constexpr):
+    """Two float32 tensors to the int32 of their 16-bit values."""
     PAIR: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
+    asm: gl.constexpr = "cvt.rn." + PAIR + ".f32 $0, $2, $1;"
     return gl.inline_asm_elementwise(
-        "cvt.rn." + PAIR + ".f32 $0, $2, $1;",
-        "=r,f,f",
-        [low, high],
-        dtype=gl.int32,
+        asm, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def floats(b_x, dtype: gl.constexpr):
+    """The reverse of ``pack_pair``."""
+    HALF: gl.constexpr = "bf16" if dtype == gl.bfloat16 else "f16"
+    return gl.inline_asm_elementwise(
+        "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32." + HALF + " $0, l; "
+        "cvt.f32." + HALF + " $1, h; }",
+        "=f,=f,r",
+        [b_x],
+        dtype=(gl.float32, gl.float32),
         is_pure=True,
         pack=1,
     )
@@ -213,13 +253,41 @@ def tile_steps(
 
 
 @gluon.jit
-def union_entry(j, count, i_list, blocks_ptr, bits_ptr, width):
-    """Block of entry ``j`` of a tile's union list and a bit for each token that chose it, or 0, 0.
+def unlike(x):
+    """``x``, an int32 from 0 on that the compiler does not know to be the same in all threads.
 
-    See ``union_blocks_kernel``.
+    What is loaded from places computed with it is on its way until it is used. Else it goes to a
+    uniform register, and the instruction that takes it there waits for it right after the load.
     """
-    p_block = blocks_ptr + i_list * width + j
-    p_bits = bits_ptr + i_list * (width + 1) + j
-    block = gl.load(p_block, mask=j < count, other=0)
-    bits = gl.load(p_bits + 1, mask=j < count, other=0) - gl.load(p_bits, mask=j < count, other=0)
-    return block.to(gl.int32), bits.to(gl.int32)
+    asm: gl.constexpr = (
+        "{ .reg .pred p; .reg .s32 n; mov.u32 n, %laneid; sub.s32 n, n, 32; "
+        "setp.gt.s32 p, n, $1; selp.s32 n, 1, 0, p; add.s32 $0, $1, n; }"
+    )
+    return gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def alike(condition):
+    """A condition that is the same in all threads of a warp, as one that the compiler knows so."""
+    asm: gl.constexpr = (
+        "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }"
+    )
+    x = condition.to(gl.int32)
+    return gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1) != 0
+
+
+@gluon.jit
+def union_entry(j, count, i_list, blocks_ptr, bits_ptr, width):
+    """Entry ``j`` of a tile's union list as it lies in memory: block, sum of bits up to its own.
+
+    Loaded a step ahead; what is computed from it at once would wait for it. ``tokens_of`` gives the
+    bits. Beyond the list it is 0, 0. See ``union_blocks_kernel``.
+    """
+    block = gl.load(blocks_ptr + i_list * width + j, mask=j < count, other=0)
+    return block, gl.load(bits_ptr + i_list * (width + 1) + j + 1, mask=j < count, other=0)
+
+
+@gluon.jit
+def tokens_of(entry, seen):
+    """A bit for each token of the tile that chose the block; ``seen`` is the sum before it."""
+    return (entry[1] - seen).to(gl.int32)

@@ -23,13 +23,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa.kernels.hopper_tiles import (
+    alike,
     barrier,
     barriers,
     exp2,
-    narrow,
+    floats,
+    fold,
+    join_parts,
     pack,
+    pack_pair,
     rescale,
+    scale_parts,
+    tokens_of,
     union_entry,
+    unlike,
     unpack,
     wide_places,
     widen,
@@ -85,21 +92,28 @@ def _range(branch, place, tiles, lists, SHAPE: gl.constexpr):
     steps = gl.where(exists, (last - first) // BN + 1, 0)
     if SHAPE[SLC] and not SHAPE[ALL]:
         chosen = gl.load(lists[2] + i_list, mask=branch == 0, other=0)
-        steps = gl.where(branch == 0, chosen, steps)
+        steps = gl.where(branch == 0, chosen.to(gl.int32), steps)
     return first, steps
 
 
 @gluon.jit
-def _entry(branch, j, first, steps, i_list, lists, SHAPE: gl.constexpr):
-    """First key of step ``j``, and a bit for each token of the tile that takes part in it."""
+def _entry(branch, j, steps, i_list, lists, SHAPE: gl.constexpr):
+    """Entry ``j`` of the tile's list where there is one: see ``union_entry``."""
     blocks_ptr, bits_ptr, _, width = lists
+    if SHAPE[SLC] and not SHAPE[ALL]:
+        return union_entry(j, gl.where(branch == 0, steps, 0), i_list, blocks_ptr, bits_ptr, width)
+    else:
+        return gl.to_tensor(0), gl.to_tensor(0).to(gl.int64)
+
+
+@gluon.jit
+def _keys(branch, j, first, entry, seen, SHAPE: gl.constexpr):
+    """First key of step ``j``, and a bit for each token of the tile that takes part in it."""
     key = first + j * BN
     word = gl.to_tensor(-1)
     if SHAPE[SLC] and not SHAPE[ALL]:
-        listed = gl.where(branch == 0, steps, 0)
-        block, bits = union_entry(j, listed, i_list, blocks_ptr, bits_ptr, width)
-        key = gl.where(branch == 0, block * BN, key)
-        word = gl.where(branch == 0, bits, word)
+        key = gl.where(branch == 0, entry[0].to(gl.int32) * BN, key)
+        word = gl.where(branch == 0, tokens_of(entry, seen), word)
     return key, word
 
 
@@ -144,11 +158,12 @@ def _producer(tiles, lists, q_desc, keys, memory, bars, SHAPE: gl.constexpr):
         q_phase = q_phase ^ 1
         if SHAPE[SLC]:
             first, steps = _range(0, place, tiles, lists, SHAPE)
-            key, _word = _entry(0, 0, first, steps, i_list, lists, SHAPE)
+            entry = _entry(0, 0, steps, i_list, lists, SHAPE)
             for j in range(steps):
-                following, _word = _entry(0, j + 1, first, steps, i_list, lists, SHAPE)
+                following = _entry(0, j + 1, steps, i_list, lists, SHAPE)
+                key, _word = _keys(0, j, first, entry, entry[1], SHAPE)
                 _copy(i_copy, k_0 + key, i_k, k_slc, v_slc, memory, bars, SHAPE)
-                key = following
+                entry = following
                 i_copy += 1
         if SHAPE[WIN]:
             first, steps = _range(1, place, tiles, lists, SHAPE)
@@ -197,24 +212,19 @@ def _step(
         unpack(b_p, half, p_layout), v_s.index(i_v % stages), b_acc, is_async=True
     )
     # What is subtracted need not be the maximum, only near it: it mostly stays, and so do the sums.
-    b_max = gl.where(b_in, gl.max(b_s, 1) * scale_log2, LOWEST)
+    b_max = join_parts(fold(b_s, MAX=True), b_m, MAX=True)
+    b_max = gl.where(b_in, b_max * scale_log2, LOWEST)
     b_m_new = gl.where(b_max > b_m + SLACK, b_max, b_m)
     b_sub = gl.where(b_in, b_m_new, float("inf"))
     b_e = exp2(b_s * scale_log2 - b_sub[:, None])
     b_alpha = exp2(b_m - b_m_new)
-    b_l = b_l * b_alpha + gl.sum(b_e, 1)
+    b_l = scale_parts(b_l, b_alpha) + fold(b_e, MAX=False)
     # Given back here, next to the wait for the next copy, its barrier costs nothing. That wait
     # keeps ptxas from moving the one for the product up, before the exponentials.
     mbarrier.arrive(empty.index(gl.maximum(i_free, 0) % stages), count=1, pred=i_free >= 0)
     mbarrier.wait(full.index((i_copy + 1) % stages), ((i_copy + 1) // stages) & 1, pred=more)
     b_acc = warpgroup_mma_wait(0, deps=(b_acc,))
     return pack(b_e, half), b_m_new, b_l, b_alpha, b_acc
-
-
-@gluon.jit
-def _gate(gates_ptr, p_gate, mask):
-    """A gate of each row, as a column."""
-    return gl.load(gates_ptr + p_gate, mask=mask, other=0.0).to(gl.float32)[:, None]
 
 
 @gluon.jit
@@ -242,6 +252,7 @@ def _consumer(
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     nothing = pack(gl.zeros([64, BN], gl.float32, s_layout), half)
     o_m = ROW + gl.arange(0, 64, rows)
+    lists = lists[0], lists[1], lists[2], unlike(lists[3])
     i_copy = 0
     q_phase = 0
     for i_flat in range(gl.program_id(0), tiles[1] * tiles[3], gl.num_programs(0)):
@@ -261,24 +272,26 @@ def _consumer(
             reach = gl.where(branch == 0, 0x7FFFFFFF, tiles[7])
             oldest = last - reach + 1  # What the last query still sees.
             b_m = gl.full([64], LOWEST, gl.float32, rows)
-            b_l = gl.zeros([64], gl.float32, rows)
+            b_l = fold(gl.zeros([64, BN], gl.float32, s_layout), MAX=False)
             b_alpha = gl.zeros([64], gl.float32, rows)
             b_acc = gl.zeros([64, dim], gl.float32, o_layout)
             b_p = nothing
             # Places whose values wait for their product, and of the step before; none yet.
             i_v = -1
             i_free = -1
-            key, word = _entry(branch, 0, first, steps, i_list, lists, SHAPE)
+            seen = gl.to_tensor(0).to(gl.int64)
+            entry = _entry(branch, 0, steps, i_list, lists, SHAPE)
             mbarrier.wait(full.index(i_copy % stages), (i_copy // stages) & 1, pred=steps > 0)
             for j in range(steps):
-                key_next, word_next = _entry(branch, j + 1, first, steps, i_list, lists, SHAPE)
+                following = _entry(branch, j + 1, steps, i_list, lists, SHAPE)
+                key, word = _keys(branch, j, first, entry, seen, SHAPE)
                 more = j + 1 < steps
                 # Values that wait keep their place of the ring until the next step. Were as many
                 # tiles passed over as the ring has, the copy would wait for us, and we for it.
                 full_ring = (i_v >= 0) & (i_copy - i_v >= stages - 2)
-                if ((word & MINE) != 0) | full_ring:
+                if alike((word & MINE) != 0) | full_ring:
                     b_in = ((word >> (o_m // group)) & 1) != 0
-                    masked = (key + BN - 1 > start) | (key < oldest)
+                    masked = alike((key + BN - 1 > start) | (key < oldest))
                     b_p, b_m, b_l, b_alpha, b_acc = _step(
                         i_copy, gl.where(i_v >= 0, i_v, i_copy), i_free, more, b_q, memory, bars,
                         b_p, b_m, b_l, b_alpha, b_acc, scale_log2, b_in, start - t_0 + o_t - key,
@@ -294,8 +307,8 @@ def _consumer(
                         full.index((i_copy + 1) % stages), ((i_copy + 1) // stages) & 1, more
                     )
                 i_copy += 1
-                key = key_next
-                word = word_next
+                seen = entry[1]
+                entry = following
             mbarrier.arrive(empty.index(gl.maximum(i_free, 0) % stages), pred=i_free >= 0)
             if i_v >= 0:
                 b_o = b_acc * gl.convert_layout(b_alpha, o_rows)[:, None]
@@ -306,32 +319,37 @@ def _consumer(
                 mbarrier.arrive(empty.index(i_v % stages), count=1)
             else:
                 b_o = b_acc
+            b_l = join_parts(b_l, b_m, MAX=False)
             b_inv = 1.0 / gl.where(b_l == 0.0, 1.0, b_l)
             b_o = b_o * gl.convert_layout(b_inv, o_rows)[:, None]
+            b_wide = widen(pack(b_o, half))
             p_o, m_o = wide_places(_here(p_row), o_t < n_q, dim // 2, dim // 2)
             if SHAPE[SAVE]:
                 lse = (b_m + gl.log2(b_l)) * 0.6931471805599453
                 if branch == 0:
-                    gl.store(o_slc_ptr + p_o, widen(pack(b_o, half)), mask=m_o)
+                    gl.store(o_slc_ptr + p_o, b_wide, mask=m_o)
                     gl.store(lse_slc_ptr + p_row, lse, mask=o_t < n_q)
                 else:
-                    gl.store(o_win_ptr + p_o, widen(pack(b_o, half)), mask=m_o)
+                    gl.store(o_win_ptr + p_o, b_wide, mask=m_o)
                     gl.store(lse_win_ptr + p_row, lse, mask=o_t < n_q)
             elif branch == 0:
                 # Kept in memory while the window runs.
-                gl.store(o_ptr + p_o, widen(pack(b_o, half)), mask=m_o)
+                gl.store(o_ptr + p_o, b_wide, mask=m_o)
             if SHAPE[COMBINE] and branch == 1:
-                p_gate = _here(gl.convert_layout(p_row, o_rows)) * 3
-                m_row = gl.convert_layout((o_t < n_q).to(gl.int32), o_rows) != 0
                 b_cmp = gl.load(o_cmp_ptr + p_o, mask=m_o, other=0)
                 # Each thread reads back what it wrote itself.
                 b_slc = gl.load((o_slc_ptr if SHAPE[SAVE] else o_ptr) + p_o, mask=m_o, other=0)
-                b_o = b_o * _gate(gates_ptr, p_gate + 2, m_row)
-                b_x = unpack(narrow(b_cmp), half, o_layout).to(gl.float32)
-                b_o += _gate(gates_ptr, p_gate, m_row) * b_x
-                b_x = unpack(narrow(b_slc), half, o_layout).to(gl.float32)
-                b_o += _gate(gates_ptr, p_gate + 1, m_row) * b_x
-                gl.store(o_ptr + p_o, widen(pack(b_o, half)), mask=m_o)
+                wide_rows: gl.constexpr = gl.SliceLayout(1, b_wide.type.layout)
+                p_gate = gl.convert_layout(_here(p_row), wide_rows) * 3
+                m_row = gl.convert_layout((o_t < n_q).to(gl.int32), wide_rows) != 0
+                low, high = 0.0, 0.0
+                for i in gl.static_range(3):
+                    b_low, b_high = floats((b_cmp, b_slc, b_wide)[i], half)
+                    b_gate = gl.load(gates_ptr + p_gate + i, mask=m_row, other=0.0)
+                    b_gate = b_gate.to(gl.float32)[:, None]
+                    low += b_gate * b_low
+                    high += b_gate * b_high
+                gl.store(o_ptr + p_o, pack_pair(low, high, half), mask=m_o)
 
 
 @gluon.jit(
