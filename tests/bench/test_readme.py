@@ -10,6 +10,7 @@ from nsa.bench.readme import (
     operations_table,
     refresh,
     source_tree,
+    training_table,
     write,
 )
 
@@ -169,8 +170,7 @@ def test_write_replaces_generated_parts_and_nothing_else(root):
 def test_an_unknown_part_is_refused(root):
     with pytest.raises(
         ValueError,
-        match="generated: expected one of tree, operations, graphs, groups, demo, needle, "
-        "got 'trees'",
+        match="expected one of tree, operations, graphs, groups, training, demo, needle, got .trees",
     ):
         refresh("<!-- generated: trees -->\n<!-- end: trees -->", root)
 
@@ -224,3 +224,35 @@ def test_the_needle_table_has_a_line_for_each_depth(tmp_path):
         "| 0% | 100% | 90% |",
         "| 50% | 40% | 50% |",
     ]
+
+
+def trained(arm, losses, **changes):
+    made = {"arm": arm, "losses": losses, "config": "small", "num_parameters": 1000, "steps": 20}
+    made |= {"seq_len": 64, "batch_rows": 2, "compile": False, "data": "digest", "device": "a GPU"}
+    made |= {"tokens_per_second": 1234.5, "torch": "2.13.0", "commit": "0123456789abcdef"}
+    return made | changes
+
+
+def test_training_is_shown_beside_the_reference(tmp_path):
+    assert "Nothing is measured yet" in training_table(tmp_path)
+    rows = [
+        trained("dense", [[10, 4.0], [20, 3.0]], num_parameters=900),
+        trained("reference", [[10, 9.9], [20, 9.9]]),
+        trained("reference", [[10, 4.0], [20, 3.25]], tokens_per_second=None),
+        trained("kernel", [[10, 4.5], [20, 3.0]]),
+        trained("kernel", [[10, 4.0], [20, 3.25]], compile=True),
+        trained("kernel", [[10, 1.0], [20, 1.0]], data="other"),
+    ]
+    (tmp_path / "results").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "results" / "training.jsonl").write_text(lines)
+    first, second = training_table(tmp_path).split("\n\nsmall: ")
+    assert "20 steps of 128 tokens in rows of 64; a GPU" in first
+    assert "A loss is the mean of 10 steps." in first
+    assert first.splitlines()[-4:] == [
+        "| kernel | 1,000 | 1,234 | 4.500 | 3.000 | +0.1250, +0.5000 |",
+        "| kernel, compiled | 1,000 | 1,234 | 4.000 | 3.250 | +0.0000, +0.0000 |",
+        "| reference | 1,000 | - | 4.000 | 3.250 | - |",
+        "| dense | 900 | 1,234 | 4.000 | 3.000 | - |",
+    ]
+    assert second.splitlines()[-1] == "| kernel | 1,000 | 1,234 | 1.000 | 1.000 | - |"

@@ -13,6 +13,8 @@ bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 
 RESULTS = Path("results/ops.jsonl")
 GRAPHS = Path("results/graphs.jsonl")
+TRAINING = Path("results/training.jsonl")
+RUNS = Path("runs/bench-training")
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 ...; a GPU if there is one by default.")
 ]
@@ -168,6 +170,38 @@ def bench_tune(
         output=output,
     )
     typer.echo(f"Wrote {path}. Renew tests/kernels/resources.json with it.")
+
+
+@bench_app.command("training")
+def bench_training(
+    config: Annotated[Path, typer.Argument(help="YAML file of `nsa train`.")],
+    arm: Annotated[
+        list[str] | None, typer.Option(help="kernel, reference, dense; all that run here.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="section.key=value over the file's; may be repeated."),
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where the runs are kept.")] = RUNS,
+    output: Annotated[Path, typer.Option(help="JSON lines to append to.")] = TRAINING,
+) -> None:
+    """Train one model with the kernels, with the reference, and its dense twin.
+
+    Ctrl-C saves a checkpoint and stops; the same command goes on.
+    """
+    from nsa.bench.training import compare
+    from nsa.train.config import load_config
+    from nsa.train.progress import LastingConsole
+
+    console = LastingConsole(highlight=False)
+    settings = load_config(config, [*(overrides or ()), f"training.max_steps={steps}"])
+    stopped_by = compare(
+        settings, config.stem, arm or (), folder=folder, output=output, console=console
+    )
+    if stopped_by is not None:
+        console.print("Go on with the same command.")
+        raise typer.Exit(128 + stopped_by)
 
 
 @bench_app.command("table")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 from nsa.bench.results import (
     Row,
@@ -117,6 +119,55 @@ def demo_table(root: Path) -> str:
         f"PyTorch {row['torch']}, commit {(row['commit'] or 'unknown')[:9]}. The sparse model's "
         f"loss is {gap:+.3f} from its dense twin's.{took}"
     )
+    return "\n".join([caption, "", *lines])
+
+
+def training_table(root: Path) -> str:
+    """Kernels, reference and dense twin in training, and how far losses are from the reference's.
+
+    Of each model, data and number of steps in ``results/training.jsonl``, the last run of each.
+    """
+    path = root / "results" / "training.jsonl"
+    if not path.exists():
+        return "Nothing is measured yet: run `nsa bench training`, then `nsa bench table`."
+    setups: dict[tuple[object, ...], dict[tuple[str, bool], Row]] = {}
+    for row in read(path):
+        setup = setups.setdefault(tuple(row[key] for key in TRAINED_ALIKE), {})
+        setup[row["arm"], row["compile"]] = row
+    return "\n\n".join(_arms(list(setup.values())) for setup in setups.values())
+
+
+TRAINED_ALIKE = ("device", "config", "seq_len", "batch_rows", "steps", "data")
+
+
+def _arms(rows: list[Row]) -> str:
+    last = rows[-1]
+    commits = dict.fromkeys((row["commit"] or "unknown")[:9] for row in rows)
+    steps = [step for step, _ in last["losses"]]
+    apart = max((b - a for a, b in pairwise(steps)), default=1)
+    caption = (
+        f"{last['config']}: {last['steps']} steps of {last['batch_rows'] * last['seq_len']:,} "
+        f"tokens in rows of {last['seq_len']:,}; {last['device']}, PyTorch {last['torch']}, commit "
+        f"{', '.join(commits)}. A loss is the mean of {apart} step{'s' if apart > 1 else ''}."
+    )
+    lines = [
+        "| | parameters | tokens/s | first loss | last loss | less the reference's: mean, most |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    reference = next((dict(row["losses"]) for row in rows if row["arm"] == "reference"), {})
+    for row in sorted(rows, key=lambda row: ("kernel", "reference", "dense").index(row["arm"])):
+        losses, rate = row["losses"], row["tokens_per_second"]
+        away = [loss - reference[step] for step, loss in losses if step in reference]
+        cells = [
+            f"{row['arm']}, compiled" if row["compile"] else row["arm"],
+            f"{row['num_parameters']:,}",
+            "-" if rate is None else f"{rate:,.0f}",
+            *(f"{losses[i][1]:.3f}" for i in (0, -1)),
+            f"{fmean(away):+.4f}, {max(away, key=abs):+.4f}"
+            if row["arm"] == "kernel" and away
+            else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([caption, "", *lines])
 
 
@@ -241,6 +292,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "operations": operations_table,
     "graphs": graphs_table,
     "groups": groups_table,
+    "training": training_table,
     "demo": demo_table,
     "needle": needle_table,
 }

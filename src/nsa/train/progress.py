@@ -56,11 +56,14 @@ class ProgressReport(TrainerCallback):
     Args:
         console: where to write; only the first process does.
         tokens_in_step: tokens that optimizer step ``i`` (from 0) reads, over all devices.
+
+    ``speeds`` are the tokens per second that it showed, and at which step.
     """
 
     def __init__(self, console: Console, tokens_in_step: Callable[[int], int]) -> None:
         self.console = console
         self.tokens_in_step = tokens_in_step
+        self.speeds: list[tuple[int, float]] = []
         self._bar: Progress | None = None
         self._since = 0.0
         self._tokens = 0
@@ -117,6 +120,7 @@ class ProgressReport(TrainerCallback):
             self._restart_clock()
         elif "loss" in logs:
             rate = self._tokens / max(time.monotonic() - self._since, 1e-9)
+            self.speeds.append((state.global_step, rate))
             note = f"loss {logs['loss']:.4f}  {rate:,.0f} tokens/s"
             if self._bar is None:
                 self.console.print(f"{at}  {note}  learning rate {logs['learning_rate']:.2e}")

@@ -68,6 +68,7 @@ class TrainResult:
         model_dir: the final model; None if the run was stopped before the end.
         step: optimizer steps done.
         losses: step and mean training loss (nats per token) since the step before it in the list.
+        speeds: step and tokens per second since the step before it, of this process alone.
         validation_losses: step and validation loss.
         validation: the last validation loss by position; None without validation documents.
         signal_number: the signal that stopped the run, or None.
@@ -77,6 +78,7 @@ class TrainResult:
     model_dir: Path | None
     step: int
     losses: list[tuple[int, float]]
+    speeds: list[tuple[int, float]]
     validation_losses: list[tuple[int, float]]
     validation: PositionLosses | None
     signal_number: int | None
@@ -213,10 +215,12 @@ def _run(
         ) from error
     finally:
         progress.close()
-    return _finish(trainer, stop, console)
+    return _finish(trainer, stop, progress, console)
 
 
-def _finish(trainer: NSATrainer, stop: StopOnSignal, console: Console) -> TrainResult:
+def _finish(
+    trainer: NSATrainer, stop: StopOnSignal, progress: ProgressReport, console: Console
+) -> TrainResult:
     run_dir = trainer.run_dir
     state = trainer.state
     finished = state.global_step >= state.max_steps
@@ -233,6 +237,7 @@ def _finish(trainer: NSATrainer, stop: StopOnSignal, console: Console) -> TrainR
         model_dir=model_dir,
         step=state.global_step,
         losses=[(int(e["step"]), e["loss"]) for e in state.log_history if "loss" in e],
+        speeds=progress.speeds,
         validation_losses=[
             (int(e["step"]), e["eval_loss"]) for e in state.log_history if "eval_loss" in e
         ],
