@@ -170,7 +170,7 @@ def test_write_replaces_generated_parts_and_nothing_else(root):
 def test_an_unknown_part_is_refused(root):
     with pytest.raises(
         ValueError,
-        match="expected one of tree, operations, graphs, groups, training, demo, needle, got .trees",
+        match="one of tree, operations, graphs, groups, training, demo, needle, got 'trees'",
     ):
         refresh("<!-- generated: trees -->\n<!-- end: trees -->", root)
 
