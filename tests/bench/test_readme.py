@@ -170,7 +170,8 @@ def test_write_replaces_generated_parts_and_nothing_else(root):
 def test_an_unknown_part_is_refused(root):
     with pytest.raises(
         ValueError,
-        match="one of tree, operations, graphs, groups, training, demo, needle, got 'trees'",
+        match="generated: expected one of tree, operations, graphs, groups, training, demo, "
+        "needle, got 'trees'",
     ):
         refresh("<!-- generated: trees -->\n<!-- end: trees -->", root)
 
@@ -228,13 +229,15 @@ def test_the_needle_table_has_a_line_for_each_depth(tmp_path):
 
 def trained(arm, losses, **changes):
     made = {"arm": arm, "losses": losses, "config": "small", "num_parameters": 1000, "steps": 20}
-    made |= {"seq_len": 64, "batch_rows": 2, "compile": False, "data": "digest", "device": "a GPU"}
+    settings = {"data.seq_len": 64, "training.batch_rows": 2, "training.learning_rate": 0.1}
+    made |= {"settings": settings, "compile": False, "data": "digest", "device": "a GPU"}
     made |= {"tokens_per_second": 1234.5, "torch": "2.13.0", "commit": "0123456789abcdef"}
     return made | changes
 
 
 def test_training_is_shown_beside_the_reference(tmp_path):
     assert "Nothing is measured yet" in training_table(tmp_path)
+    slower = trained("kernel", [])["settings"] | {"training.learning_rate": 0.01}
     rows = [
         trained("dense", [[10, 4.0], [20, 3.0]], num_parameters=900),
         trained("reference", [[10, 9.9], [20, 9.9]]),
@@ -242,11 +245,12 @@ def test_training_is_shown_beside_the_reference(tmp_path):
         trained("kernel", [[10, 4.5], [20, 3.0]]),
         trained("kernel", [[10, 4.0], [20, 3.25]], compile=True),
         trained("kernel", [[10, 1.0], [20, 1.0]], data="other"),
+        trained("kernel", [[10, 1.0], [20, 1.0]], settings=slower),
     ]
     (tmp_path / "results").mkdir()
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "results" / "training.jsonl").write_text(lines)
-    first, second = training_table(tmp_path).split("\n\nsmall: ")
+    first, second, third = training_table(tmp_path).split("\n\nsmall: ")
     assert "20 steps of 128 tokens in rows of 64; a GPU" in first
     assert "A loss is the mean of 10 steps." in first
     assert first.splitlines()[-4:] == [
@@ -256,3 +260,4 @@ def test_training_is_shown_beside_the_reference(tmp_path):
         "| dense | 900 | 1,234 | 4.000 | 3.000 | - |",
     ]
     assert second.splitlines()[-1] == "| kernel | 1,000 | 1,234 | 1.000 | 1.000 | - |"
+    assert third.splitlines()[-1] == "| kernel | 1,000 | 1,234 | 1.000 | 1.000 | - |"

@@ -4,8 +4,10 @@ import os
 import pytest
 from rich.console import Console
 from tests.train import tiny
+from typer.testing import CliRunner
 
 from nsa.bench import training
+from nsa.bench.commands import bench_app
 from nsa.bench.training import compare
 from nsa.train.config import TrainConfig
 
@@ -30,6 +32,8 @@ def test_every_arm_that_runs_here_is_trained_on_the_same_text(config, tmp_path):
     sparse, dense = run(config, tmp_path)
     assert [sparse["arm"], dense["arm"]] == ["reference", "dense"]
     assert sparse["data"] == dense["data"]
+    assert sparse["settings"] == dense["settings"]
+    assert sparse["settings"]["training.learning_rate"] == 1e-2
     assert sparse["num_parameters"] > dense["num_parameters"]
     assert [step for step, _ in sparse["losses"]] == list(range(1, 7))
     assert sparse["losses"] != dense["losses"]
@@ -79,6 +83,21 @@ def test_the_reference_runs_where_kernels_would(config, tmp_path, monkeypatch):
             run(config, tmp_path, arm)
     assert seen == [("nsa", None), ("nsa", "reference"), ("dense", None)]
     assert os.environ["NSA_BACKEND"] == "kernel"
+
+
+def test_the_command_takes_200_steps_unless_told(config, tmp_path, monkeypatch):
+    path, seen = tmp_path / "small.yaml", []
+    path.write_text(config.to_yaml())
+    monkeypatch.setattr(
+        training, "compare", lambda config, name, arms, **_: seen.append((config, name, arms))
+    )
+    for given in ([], ["--set", "training.max_steps=7", "--arm", "dense"]):
+        done = CliRunner().invoke(bench_app, ["training", str(path), *given])
+        assert done.exit_code == 0, done.output
+    assert [(made.training.max_steps, name, list(arms)) for made, name, arms in seen] == [
+        (200, "small", []),
+        (7, "small", ["dense"]),
+    ]
 
 
 def test_arms_that_do_not_run_here_are_refused(config, tmp_path):

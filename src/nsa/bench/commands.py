@@ -178,7 +178,6 @@ def bench_training(
     arm: Annotated[
         list[str] | None, typer.Option(help="kernel, reference, dense; all that run here.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="section.key=value over the file's; may be repeated."),
@@ -188,6 +187,8 @@ def bench_training(
 ) -> None:
     """Train one model with the kernels, with the reference, and its dense twin.
 
+    For 200 steps, unless --set training.max_steps=N says another number.
+
     Ctrl-C saves a checkpoint and stops; the same command goes on.
     """
     from nsa.bench.training import compare
@@ -195,7 +196,7 @@ def bench_training(
     from nsa.train.progress import LastingConsole
 
     console = LastingConsole(highlight=False)
-    settings = load_config(config, [*(overrides or ()), f"training.max_steps={steps}"])
+    settings = load_config(config, ["training.max_steps=200", *(overrides or ())])
     stopped_by = compare(
         settings, config.stem, arm or (), folder=folder, output=output, console=console
     )

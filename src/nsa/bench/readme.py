@@ -7,6 +7,7 @@ writes it anew and a test fails when it is out of date, so no number in the READ
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 from nsa.bench.results import (
+    ARMS,
     Row,
     group_size,
     is_grouped,
@@ -125,37 +127,34 @@ def demo_table(root: Path) -> str:
 def training_table(root: Path) -> str:
     """Kernels, reference and dense twin in training, and how far losses are from the reference's.
 
-    Of each model, data and number of steps in ``results/training.jsonl``, the last run of each.
+    Of runs in ``results/training.jsonl`` with the same text, steps and settings, the last of each.
     """
     path = root / "results" / "training.jsonl"
     if not path.exists():
         return "Nothing is measured yet: run `nsa bench training`, then `nsa bench table`."
-    setups: dict[tuple[object, ...], dict[tuple[str, bool], Row]] = {}
+    setups: dict[str, dict[tuple[str, bool], Row]] = {}
     for row in read(path):
-        setup = setups.setdefault(tuple(row[key] for key in TRAINED_ALIKE), {})
+        alike = (*(row[key] for key in ("device", "config", "steps", "data")), row["settings"])
+        setup = setups.setdefault(json.dumps(alike, sort_keys=True), {})
         setup[row["arm"], row["compile"]] = row
     return "\n\n".join(_arms(list(setup.values())) for setup in setups.values())
 
 
-TRAINED_ALIKE = ("device", "config", "seq_len", "batch_rows", "steps", "data")
-
-
 def _arms(rows: list[Row]) -> str:
     last = rows[-1]
-    commits = dict.fromkeys((row["commit"] or "unknown")[:9] for row in rows)
-    steps = [step for step, _ in last["losses"]]
-    apart = max((b - a for a, b in pairwise(steps)), default=1)
+    seq_len, num_rows = (last["settings"][key] for key in ("data.seq_len", "training.batch_rows"))
+    apart = max((b[0] - a[0] for a, b in pairwise(last["losses"])), default=1)
     caption = (
-        f"{last['config']}: {last['steps']} steps of {last['batch_rows'] * last['seq_len']:,} "
-        f"tokens in rows of {last['seq_len']:,}; {last['device']}, PyTorch {last['torch']}, commit "
-        f"{', '.join(commits)}. A loss is the mean of {apart} step{'s' if apart > 1 else ''}."
+        f"{last['config']}: {last['steps']} steps of {num_rows * seq_len:,} tokens in rows of "
+        f"{seq_len:,}; {last['device']}, PyTorch {last['torch']}, commit {_commits(rows)}. A loss "
+        f"is the mean of {apart} step{'s' if apart > 1 else ''}."
     )
     lines = [
         "| | parameters | tokens/s | first loss | last loss | less the reference's: mean, most |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     reference = next((dict(row["losses"]) for row in rows if row["arm"] == "reference"), {})
-    for row in sorted(rows, key=lambda row: ("kernel", "reference", "dense").index(row["arm"])):
+    for row in sorted(rows, key=lambda row: ARMS.index(row["arm"])):
         losses, rate = row["losses"], row["tokens_per_second"]
         away = [loss - reference[step] for step, loss in losses if step in reference]
         cells = [
@@ -227,7 +226,6 @@ def _by_setup(rows: list[Row]) -> list[list[Row]]:
 
 def _caption(rows: list[Row], heads: bool = True) -> str:
     last = rows[-1]
-    commits = dict.fromkeys((row["commit"] or "unknown")[:9] for row in rows)
     layer = f"{last['num_heads']} query "
     layer += (
         f"and {last['num_kv_heads']} kv heads" if heads else f"heads, {last['seq_len']:,} tokens"
@@ -235,8 +233,12 @@ def _caption(rows: list[Row], heads: bool = True) -> str:
     return (
         f"{last['device']}, {last['dtype']}, {layer}, widths {last['key_dim']} and "
         f"{last['value_dim']}, PyTorch {last['torch']}: median ms, forward / backward "
-        f"(times as fast as dense attention; commit {', '.join(commits)})."
+        f"(times as fast as dense attention; commit {_commits(rows)})."
     )
+
+
+def _commits(rows: list[Row]) -> str:
+    return ", ".join(dict.fromkeys((row["commit"] or "unknown")[:9] for row in rows))
 
 
 def _times(rows: list[Row], heading: str, key: Callable[[Row], int]) -> str:

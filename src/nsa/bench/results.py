@@ -20,6 +20,10 @@ KEY = ("device", "dtype", "shape", "seq_len", "workload", "operation", "mode", "
 KEY += ("compressor",)
 
 
+# What ``nsa bench training`` runs: the sparse model twice, then its dense twin.
+ARMS = ("kernel", "reference", "dense")
+
+
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Adds rows to a JSON lines file in one write: whoever stops us leaves whole lines.
 

@@ -17,13 +17,11 @@ import torch
 from rich.console import Console
 
 from nsa.bench.environment import provenance
-from nsa.bench.results import Row, append
+from nsa.bench.results import ARMS, Row, append
 from nsa.models import NSAForCausalLM, NSAModelConfig
 from nsa.train.config import TrainConfig
 from nsa.train.files import write_text
-from nsa.train.run import TrainResult, train
-
-ARMS = ("kernel", "reference", "dense")
+from nsa.train.run import TrainResult, curve_settings, train
 
 
 def compare(
@@ -40,7 +38,7 @@ def compare(
     A run that was stopped goes on when it is asked for again.
 
     Args:
-        config: the run; its ``training.output_dir`` is not used.
+        config: the run; its ``training.output_dir`` and ``model.attention`` are not used.
         name: of the config, for tables.
         arms: of ``ARMS``; "kernel" and "reference" are the sparse model, "dense" its twin. All that
             run here if empty: there are no kernels without a GPU.
@@ -72,7 +70,8 @@ def compare(
             result = train(arm_config, resume=True, console=console, show_config=False)
         if result.model_dir is None:
             return result.signal_number
-        append(output, [{**_measured(arm_config, result), "config": name, "arm": arm}])
+        measured = _measured(arm_config, result)
+        append(output, [{"config": name, "arm": arm, **measured, **provenance(device)}])
     return None
 
 
@@ -100,14 +99,14 @@ def _measured(config: TrainConfig, result: TrainResult) -> Row:
         write_text(speed, json.dumps(statistics.median(rates)))
     with torch.device("meta"):
         model = NSAForCausalLM(NSAModelConfig.from_pretrained(run / "model"))
+    settings = curve_settings(config.to_dict())
+    del settings["model.attention"]
     return {
         "num_parameters": sum(weight.numel() for weight in model.parameters()),
-        "seq_len": config.data.seq_len,
-        "batch_rows": config.training.batch_rows,
+        "settings": settings,
         "steps": result.step,
         "compile": config.training.compile,
         "data": json.loads((run / "data.json").read_text(encoding="utf-8"))["train"],
         "tokens_per_second": json.loads(speed.read_text()) if speed.exists() else None,
         "losses": result.losses,
-        **provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }

@@ -250,7 +250,7 @@ def _consumer(
             dq = dq + (gl.zeros([64, key_dim], gl.float32, dq_layout),)
         mbarrier.wait(q_full, q_phase)
         q_phase = q_phase ^ 1
-        # More than one piece leaves no registers for it.
+        # Lists on their way take registers, of which more than one piece leaves none.
         p_list = unlike(p_tile) if pieces == 1 else p_tile
         # Moves on by steps: multiples of ``num_rows`` would be kept.
         p_value = rows_ptr + ((rows[0] + t_0) * SHAPE[H] + i_k * group)

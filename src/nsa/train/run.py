@@ -339,22 +339,25 @@ def _resolve(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainCo
 
 
 def _check_same_settings(config: TrainConfig, run_dir: Path) -> None:
-    before = _flat(saved_settings(run_dir))
-    now = _flat(config.to_dict())
+    saved = saved_settings(run_dir)
+    before, now = curve_settings(saved), curve_settings(config.to_dict())
     # Without held-out text no curve depends on how it is read.
-    may_change = _MAY_CHANGE
-    if not before.get("data.validation"):
-        may_change |= {"data.validation_max_tokens"}
+    free = () if _flat(saved).get("data.validation") else ("data.validation_max_tokens",)
     changed = [
         f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
         for key in sorted(before.keys() | now.keys())
-        if key not in may_change and before.get(key) != now.get(key)
+        if key not in free and before.get(key) != now.get(key)
     ]
     if changed:
         raise ValueError(
             f"{run_dir}: the run in it was made with other settings: {', '.join(changed)}. "
             "Set them back, or choose another folder."
         )
+
+
+def curve_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of :meth:`TrainConfig.to_dict` that move the loss curve, by ``section.key``."""
+    return {key: value for key, value in _flat(values).items() if key not in _MAY_CHANGE}
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
