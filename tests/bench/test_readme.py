@@ -261,3 +261,15 @@ def test_training_is_shown_beside_the_reference(tmp_path):
     ]
     assert second.splitlines()[-1] == "| kernel | 1,000 | 1,234 | 1.000 | 1.000 | - |"
     assert third.splitlines()[-1] == "| kernel | 1,000 | 1,234 | 1.000 | 1.000 | - |"
+
+
+def test_losses_are_compared_where_they_are_means_of_the_same_steps(tmp_path):
+    rows = [
+        trained("reference", [[10, 4.0], [14, 9.0], [20, 3.0], [30, 2.0]]),
+        trained("kernel", [[10, 4.0], [20, 8.0], [30, 2.5]]),
+    ]
+    (tmp_path / "results").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "results" / "training.jsonl").write_text(lines)
+    kernel = training_table(tmp_path).splitlines()[-2]
+    assert kernel == "| kernel | 1,000 | 1,234 | 4.000 | 2.500 | +0.2500, +0.5000 |"

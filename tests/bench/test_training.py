@@ -1,5 +1,6 @@
 import json
 import os
+from statistics import median
 
 import pytest
 from rich.console import Console
@@ -50,13 +51,15 @@ def test_a_run_that_ended_is_not_trained_again(config, tmp_path):
     assert again["tokens_per_second"] == first["tokens_per_second"]
 
 
-def test_a_run_that_was_stopped_leaves_no_row_and_goes_on(config, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_leaves_no_row_and_goes_on_with_its_speed(
+    config, tmp_path, monkeypatch
+):
     from nsa.train import run as train_module
 
     class Stops(train_module.Milestones):
         def on_step_end(self, args, state, control, **kwargs):
             super().on_step_end(args, state, control, **kwargs)
-            if state.global_step == 3:
+            if state.global_step == 5:
                 control.should_save = control.should_training_stop = True
 
     output, console = tmp_path / "training.jsonl", Console(quiet=True)
@@ -66,6 +69,9 @@ def test_a_run_that_was_stopped_leaves_no_row_and_goes_on(config, tmp_path, monk
     assert not output.exists()
     (row,) = run(config, tmp_path, "dense")
     assert [step for step, _ in row["losses"]] == list(range(1, 7))
+    kept = json.loads((tmp_path / "runs" / "tiny" / "dense" / "speed.json").read_text())
+    assert len(kept) == 4  # All but the first of the process that took 5 steps.
+    assert row["tokens_per_second"] == median(kept)
 
 
 def test_the_reference_runs_where_kernels_would(config, tmp_path, monkeypatch):

@@ -153,10 +153,10 @@ def _arms(rows: list[Row]) -> str:
         "| | parameters | tokens/s | first loss | last loss | less the reference's: mean, most |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    reference = next((dict(row["losses"]) for row in rows if row["arm"] == "reference"), {})
+    reference = next((_means(row) for row in rows if row["arm"] == "reference"), {})
     for row in sorted(rows, key=lambda row: ARMS.index(row["arm"])):
         losses, rate = row["losses"], row["tokens_per_second"]
-        away = [loss - reference[step] for step, loss in losses if step in reference]
+        away = [loss - reference[key] for key, loss in _means(row).items() if key in reference]
         cells = [
             f"{row['arm']}, compiled" if row["compile"] else row["arm"],
             f"{row['num_parameters']:,}",
@@ -168,6 +168,12 @@ def _arms(rows: list[Row]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([caption, "", *lines])
+
+
+def _means(row: Row) -> dict[tuple[int, int], float]:
+    """Losses by the steps that each is the mean of; a run that was stopped starts a mean anew."""
+    starts = [0, *(step for step, _ in row["losses"])]
+    return {(since, step): loss for since, (step, loss) in zip(starts, row["losses"], strict=False)}
 
 
 def needle_table(root: Path) -> str:

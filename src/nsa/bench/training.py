@@ -68,9 +68,10 @@ def compare(
         )
         with _backend("reference" if arm == "reference" else None):
             result = train(arm_config, resume=True, console=console, show_config=False)
+        speed = _speed(result)
         if result.model_dir is None:
             return result.signal_number
-        measured = _measured(arm_config, result)
+        measured = _measured(arm_config, result, speed)
         append(output, [{"config": name, "arm": arm, **measured, **provenance(device)}])
     return None
 
@@ -89,14 +90,21 @@ def _backend(name: str | None) -> Iterator[None]:
             os.environ["NSA_BACKEND"] = before
 
 
-def _measured(config: TrainConfig, result: TrainResult) -> Row:
-    """What a whole run showed: its losses, and how fast the process went that ended it."""
-    run = result.output_dir
-    speed = run / "speed.json"
+def _speed(result: TrainResult) -> float | None:
+    """Tokens per second of the process, or of one before it that came further before it stopped."""
+    path = result.output_dir / "speed.json"
     # The first holds the start and compilations.
-    if len(result.speeds) > 1:
-        rates = [rate for _, rate in result.speeds[1:]]
-        write_text(speed, json.dumps(statistics.median(rates)))
+    rates = [rate for _, rate in result.speeds[1:]]
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    if len(rates) > len(before):
+        write_text(path, json.dumps(rates))
+        return statistics.median(rates)
+    return statistics.median(before) if before else None
+
+
+def _measured(config: TrainConfig, result: TrainResult, speed: float | None) -> Row:
+    """What a whole run showed: its losses, and how fast it went."""
+    run = result.output_dir
     with torch.device("meta"):
         model = NSAForCausalLM(NSAModelConfig.from_pretrained(run / "model"))
     settings = curve_settings(config.to_dict())
@@ -107,6 +115,6 @@ def _measured(config: TrainConfig, result: TrainResult) -> Row:
         "steps": result.step,
         "compile": config.training.compile,
         "data": json.loads((run / "data.json").read_text(encoding="utf-8"))["train"],
-        "tokens_per_second": json.loads(speed.read_text()) if speed.exists() else None,
+        "tokens_per_second": speed,
         "losses": result.losses,
     }
