@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from nsa.layers import DenseAttention, default_frequencies, rotate, rotation
+from nsa.layers import DenseAttention, default_frequencies, dense_attention, rotate, rotation
 
 
 def inputs(seq: int):
@@ -62,6 +64,53 @@ def test_packed_sequences_do_not_see_each_other():
     at = torch.cat([torch.arange(n) for n in lengths])
     found = module(packed, cos[:, at], sin[:, at], lengths=lengths)
     assert torch.allclose(found, torch.cat(pieces, dim=1))
+
+
+def test_packed_sequences_take_the_kernel_for_them(monkeypatch):
+    """Where it applies; here in the place of that of CUDA, one sequence after the other."""
+
+    def packed(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, **_):
+        assert torch.equal(cu_q, cu_k)
+        assert max_q == max_k == 7
+        assert window_size == (-1, 0)  # Causal.
+        sizes = cu_q.diff().tolist()
+        parts = zip(*(x.transpose(0, 1)[None].split(sizes, dim=2) for x in (q, k, v)), strict=True)
+        whole = [
+            scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts
+        ]
+        return torch.cat(whole, dim=2)[0].transpose(0, 1)
+
+    module, x, cos, sin = inputs(12)
+    lengths, cu_seqlens = [5, 0, 7], torch.tensor([0, 5, 5, 12]).int()
+    expected = module(x[:1], cos, sin, cu_seqlens=cu_seqlens, lengths=lengths)
+    assert torch.equal(expected, module(x[:1], cos, sin, lengths=lengths))
+    monkeypatch.setattr(dense_attention, "_has_packed", lambda q, v: True)
+    monkeypatch.setattr(dense_attention, "varlen_attn", packed)
+    found = module(x[:1], cos, sin, cu_seqlens=cu_seqlens, lengths=lengths)
+    assert torch.allclose(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_packed_sequences_on_a_gpu(compiled):
+    torch.manual_seed(0)
+    module = DenseAttention(64, 8, 2, 64).cuda().bfloat16()
+    lengths = [300, 0, 1, 211, 0]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+    x = torch.randn(1, 512, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    at = torch.cat([torch.arange(n) for n in lengths])
+    cos, sin = (
+        part.cuda() for part in rotation(at[None], default_frequencies(64), dtype=torch.bfloat16)
+    )
+    go = torch.randn_like(x)
+    pieces = module(x, cos, sin, lengths=lengths)
+    expected = [pieces, *torch.autograd.grad(pieces, [x, *module.parameters()], go)]
+    call = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
+    lengths = None if compiled else lengths
+    o = call(x, cos, sin, cu_seqlens=cu_seqlens, lengths=lengths)
+    found = [o, *torch.autograd.grad(o, [x, *module.parameters()], go)]
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 0.01 * b.norm()
 
 
 def test_update_hands_over_new_keys_and_takes_all():

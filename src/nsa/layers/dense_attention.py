@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from nsa.layers.head_norm import head_norm
@@ -15,10 +17,14 @@ from nsa.layers.rotary import rotate
 
 # new keys and values [batch, kv_heads, seq, dim] -> all of them, the cached ones first
 UpdateKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# PyTorch 2.11 takes fewer heads of keys than of queries unasked.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 class DenseAttention(nn.Module):
     """Grouped-query attention by ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Packed sequences take ``torch.nn.attention.varlen`` where it applies: on CUDA, in 16 bits.
 
     Args:
         hidden_size: width of the residual stream.
@@ -62,6 +68,7 @@ class DenseAttention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         *,
+        cu_seqlens: Tensor | None = None,
         lengths: list[int] | None = None,
         mask: Tensor | None = None,
         update: UpdateKV | None = None,
@@ -73,8 +80,9 @@ class DenseAttention(nn.Module):
             cos: of the tokens' positions, ``[batch or 1, seq, rotary_dim]`` or
                 ``[seq, rotary_dim]``.
             sin: like cos.
-            lengths: tokens of each packed sequence; without a mask, torch has a fast kernel, and
-                sequences cost what they cost alone.
+            cu_seqlens: int32 ``[num_seqs + 1]`` of packed sequences, with ``lengths`` or ``mask``
+                for where torch has no kernel that takes it.
+            lengths: tokens of each packed sequence, which are then attended to one by one.
             mask: bool ``[batch, 1, seq, keys]``, True where a query sees a key; causal if None.
             update: adds the new keys and values to a cache and returns all.
 
@@ -97,7 +105,9 @@ class DenseAttention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if update is not None:
             k, v = update(k, v)
-        if lengths is None:
+        if cu_seqlens is not None and _has_packed(q, v):
+            o = _attend_packed(q, k, v, cu_seqlens, max(lengths) if lengths else q.shape[2])
+        elif lengths is None:
             o = _attend(q, k, v, mask)
         else:
             pieces = zip(*[x.split(lengths, dim=2) for x in (q, k, v)], strict=True)
@@ -122,3 +132,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )
+
+
+def _has_packed(q: Tensor, v: Tensor) -> bool:
+    """Whether torch has a kernel for packed sequences of such tensors."""
+    dim = q.shape[-1]
+    sizes = dim == v.shape[-1] and dim % 8 == 0 and dim <= 256
+    return sizes and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+
+
+def _attend_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    o = varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), **GROUPED
+    )
+    assert isinstance(o, Tensor), "asked for the output alone"
+    return o.transpose(0, 1)[None]

@@ -84,7 +84,9 @@ def packed_layout(cu_seqlens: Tensor, batch: int, num_tokens: int, *, rolls: boo
         return Layout(positions=positions, longest=longest, cu_seqlens=cu_seqlens)
     if lengths is None:  # a traced graph cannot depend on them
         mask = ((sequence[:, None] == sequence) & (token[:, None] >= token))[None, None]
-    return Layout(positions=positions, longest=longest, lengths=lengths, mask=mask)
+    return Layout(
+        positions=positions, longest=longest, cu_seqlens=cu_seqlens, lengths=lengths, mask=mask
+    )
 
 
 def find_packing(position_ids: Tensor | None) -> Tensor | None:

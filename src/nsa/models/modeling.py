@@ -91,7 +91,13 @@ class NSADecoderLayer(GradientCheckpointingLayer):
         if isinstance(self.self_attn, DenseAttention):
             update = past_key_values and partial(past_key_values.update, layer_idx=self.layer_idx)
             attended = self.self_attn(
-                x, cos, sin, lengths=layout.lengths, mask=layout.mask, update=update
+                x,
+                cos,
+                sin,
+                cu_seqlens=layout.cu_seqlens,
+                lengths=layout.lengths,
+                mask=layout.mask,
+                update=update,
             )
         else:
             cache = None
