@@ -91,6 +91,7 @@ def test_packed_sequences_take_the_kernel_for_them(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")  # A thread's first.
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_packed_sequences_on_a_gpu(compiled):
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from nsa.layers.rotary import rotate
 # new keys and values [batch, kv_heads, seq, dim] -> all of them, the cached ones first
 UpdateKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # PyTorch 2.11 takes fewer heads of keys than of queries unasked.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+GROUPED: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+)
 
 
 class DenseAttention(nn.Module):
