@@ -246,11 +246,12 @@ def test_training_is_shown_beside_the_reference(tmp_path):
         trained("kernel", [[10, 4.0], [20, 3.25]], compile=True),
         trained("kernel", [[10, 1.0], [20, 1.0]], data="other"),
         trained("kernel", [[10, 1.0], [20, 1.0]], settings=slower),
+        trained("kernel", [[10, 1.0], [20, 1.0]], num_processes=8),
     ]
     (tmp_path / "results").mkdir()
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "results" / "training.jsonl").write_text(lines)
-    first, second, third = training_table(tmp_path).split("\n\nsmall: ")
+    first, second, third, fourth = training_table(tmp_path).split("\n\nsmall: ")
     assert "20 steps of 128 tokens in rows of 64; a GPU" in first
     assert "A loss is the mean of 10 steps." in first
     assert first.splitlines()[-4:] == [
@@ -261,6 +262,7 @@ def test_training_is_shown_beside_the_reference(tmp_path):
     ]
     assert second.splitlines()[-1] == "| kernel | 1,000 | 1,234 | 1.000 | 1.000 | - |"
     assert third.splitlines()[-1] == "| kernel | 1,000 | 1,234 | 1.000 | 1.000 | - |"
+    assert "; 8 x a GPU, " in fourth
 
 
 def test_losses_are_compared_where_they_are_means_of_the_same_steps(tmp_path):

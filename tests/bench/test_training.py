@@ -11,6 +11,7 @@ from nsa.bench import training
 from nsa.bench.commands import bench_app
 from nsa.bench.training import compare
 from nsa.train.config import TrainConfig
+from nsa.train.run import train
 
 
 @pytest.fixture
@@ -72,6 +73,22 @@ def test_a_run_that_was_stopped_leaves_no_row_and_goes_on_with_its_speed(
     kept = json.loads((tmp_path / "runs" / "tiny" / "dense" / "speed.json").read_text())
     assert len(kept) == 4  # All but the first of the process that took 5 steps.
     assert row["tokens_per_second"] == median(kept)
+
+
+def test_of_several_processes_the_first_writes(config, tmp_path, monkeypatch):
+    (row,) = run(config, tmp_path, "dense")
+    assert row["num_processes"] == 1
+
+    def trained(*args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.delenv("RANK")
+            return train(*args, **kwargs)
+
+    monkeypatch.setattr(training, "train", trained)
+    monkeypatch.setenv("RANK", "1")
+    assert run(config, tmp_path, "dense") == [row]
+    monkeypatch.setenv("RANK", "0")
+    assert len(run(config, tmp_path, "dense")) == 2
 
 
 def test_the_reference_runs_where_kernels_would(config, tmp_path, monkeypatch):

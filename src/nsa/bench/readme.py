@@ -134,7 +134,8 @@ def training_table(root: Path) -> str:
         return "Nothing is measured yet: run `nsa bench training`, then `nsa bench table`."
     setups: dict[str, dict[tuple[str, bool], Row]] = {}
     for row in read(path):
-        alike = (*(row[key] for key in ("device", "config", "steps", "data")), row["settings"])
+        named = (row[key] for key in ("device", "config", "steps", "data", "settings"))
+        alike = (*named, row.get("num_processes", 1))
         setup = setups.setdefault(json.dumps(alike, sort_keys=True), {})
         setup[row["arm"], row["compile"]] = row
     return "\n\n".join(_arms(list(setup.values())) for setup in setups.values())
@@ -144,9 +145,11 @@ def _arms(rows: list[Row]) -> str:
     last = rows[-1]
     seq_len, num_rows = (last["settings"][key] for key in ("data.seq_len", "training.batch_rows"))
     apart = max((b[0] - a[0] for a, b in pairwise(last["losses"])), default=1)
+    processes = last.get("num_processes", 1)
+    device = f"{processes} x {last['device']}" if processes > 1 else last["device"]
     caption = (
         f"{last['config']}: {last['steps']} steps of {num_rows * seq_len:,} tokens in rows of "
-        f"{seq_len:,}; {last['device']}, PyTorch {last['torch']}, commit {_commits(rows)}. A loss "
+        f"{seq_len:,}; {device}, PyTorch {last['torch']}, commit {_commits(rows)}. A loss "
         f"is the mean of {apart} step{'s' if apart > 1 else ''}."
     )
     lines = [

@@ -35,7 +35,8 @@ def compare(
 ) -> int | None:
     """Trains the model of ``config`` once for each arm and appends a row for each that ends.
 
-    A run that was stopped goes on when it is asked for again.
+    A run that was stopped goes on when it is asked for again. Under torchrun every process calls
+    this, and the first of them writes.
 
     Args:
         config: the run; its ``training.output_dir`` and ``model.attention`` are not used.
@@ -57,8 +58,10 @@ def compare(
     for arm in arms:
         if arm not in here:
             raise ValueError(f"--arm: expected one of {', '.join(here)} here, got {arm!r}.")
+    leads = os.environ.get("RANK", "0") == "0"
     for arm in arms or here:
-        console.print(f"\n{arm}", style="bold", markup=False)
+        if leads:
+            console.print(f"\n{arm}", style="bold", markup=False)
         run = folder / name / (f"{arm}-compiled" if config.training.compile else arm)
         kind = "dense" if arm == "dense" else "nsa"
         arm_config = replace(
@@ -68,11 +71,12 @@ def compare(
         )
         with _backend("reference" if arm == "reference" else None):
             result = train(arm_config, resume=True, console=console, show_config=False)
-        speed = _speed(result)
+        speed = _speed(result) if leads else None
         if result.model_dir is None:
             return result.signal_number
-        measured = _measured(arm_config, result, speed)
-        append(output, [{"config": name, "arm": arm, **measured, **provenance(device)}])
+        if leads:
+            measured = _measured(arm_config, result, speed)
+            append(output, [{"config": name, "arm": arm, **measured, **provenance(device)}])
     return None
 
 
@@ -114,6 +118,7 @@ def _measured(config: TrainConfig, result: TrainResult, speed: float | None) -> 
         "settings": settings,
         "steps": result.step,
         "compile": config.training.compile,
+        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
         "data": json.loads((run / "data.json").read_text(encoding="utf-8"))["train"],
         "tokens_per_second": speed,
         "losses": result.losses,
