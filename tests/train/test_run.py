@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers.trainer
 import yaml
 from rich.console import Console
 from tests.disk import cut_to_half
@@ -297,6 +298,22 @@ def test_finished_run_can_be_resumed_and_extended(
     assert (same.model_dir / "model.safetensors").is_file()
     longer = train(tiny.config(corpus, copy, max_steps=8, log_every=2), resume=True, console=QUIET)
     assert [step for step, _ in longer.losses] == [1, 2, 3, 4, 5, 6, 8]
+
+
+def test_tied_embeddings_are_resumed_without_a_warning(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", warnings.append)
+    settings = tiny.settings(corpus, tmp_path / "run", max_steps=2)
+    settings["model"]["tie_word_embeddings"] = True
+    train(TrainConfig.from_dict(settings), console=QUIET)
+    settings["training"]["max_steps"] = 4
+    longer = train(TrainConfig.from_dict(settings), resume=True, console=QUIET)
+    assert warnings == []
+    assert longer.model_dir is not None
+    model = NSAForCausalLM.from_pretrained(longer.model_dir)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_resume_without_a_checkpoint_starts(corpus: Path, tmp_path: Path) -> None:

@@ -300,6 +300,9 @@ class NSAForCausalLM(NSAPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = NSAModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            # Trainer warns of weights that a checkpoint lacks, but for these.
+            self._keys_to_ignore_on_save = list(self._tied_weights_keys)
         self.post_init()
 
     def _prepare_cache_for_generation(
