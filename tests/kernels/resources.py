@@ -33,7 +33,8 @@ from nsa.ops.launch import hopper_forward, hopper_key_gradients, tuned
 from nsa.ops.launch.compress_kv import compress_bwd, compress_fwd
 
 RECORDED = Path(__file__).with_name("resources.json")
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CUOBJDUMP, PTXAS = BINARIES / "cuobjdump", BINARIES / "ptxas"
 # Shared memory that one program may take, in bytes.
 MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024}
 # Tensor core instructions: of Hopper's warp groups, and of a warp, which reach half the rate there.
@@ -301,11 +302,7 @@ POINTERS = {
 
 def compile_launch(item: Launch, capability: int) -> Resources:
     """Compiles for ``sm_<capability>`` and reads what the machine code takes."""
-    signature, constants, attributes = _specialization(item)
-    kind = GluonASTSource if item.kernel.is_gluon() else ASTSource
-    source = kind(item.kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options=_options(item))
+    compiled = _compiled(item, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -320,6 +317,24 @@ def compile_launch(item: Launch, capability: int) -> Resources:
     registers, stack, local = map(int, found.groups())
     wgmma, mma = (len(kind.findall(compiled.asm["ptx"])) for kind in (WGMMA, MMA))
     return Resources(registers, stack, local, compiled.metadata.shared, wgmma, mma)
+
+
+def said_by_ptxas(item: Launch, capability: int) -> str:
+    """What ptxas says of the kernel: spills, and products that wait for each other."""
+    compiled = _compiled(item, capability)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(compiled.asm["ptx"])
+        ptx.flush()
+        command = [str(PTXAS), "-v", f"--gpu-name=sm_{capability}a", ptx.name, "-o", "/dev/null"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def _compiled(item: Launch, capability: int) -> Any:
+    signature, constants, attributes = _specialization(item)
+    kind = GluonASTSource if item.kernel.is_gluon() else ASTSource
+    source = kind(item.kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=_options(item))
 
 
 def _options(item: Launch) -> dict[str, int]:

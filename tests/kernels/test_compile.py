@@ -19,6 +19,7 @@ from tests.kernels.resources import (
     compile_launch,
     kernels,
     recording,
+    said_by_ptxas,
 )
 from triton import language as tl
 
@@ -64,6 +65,15 @@ def test_a_kernel_takes_what_is_recorded(name):
     found = compile_launch(item, capability)
     assert found == KERNELS[name], RENEW
     assert found.shared <= MAX_SHARED[capability]
+
+
+@same_compiler
+@pytest.mark.parametrize("name", [name for name in KERNELS if "/hopper_" in name])
+def test_products_overlap(name):
+    """ptxas serialises ``wgmma`` where it cannot follow an accumulator, and says so."""
+    layer, target, kernel = name.split("/", 2)
+    capability = int(target.removeprefix("sm_"))
+    assert "serialized" not in said_by_ptxas(kernels(layer, capability)[kernel], capability)
 
 
 def test_nothing_spills():

@@ -3,22 +3,14 @@
 ``test_gpu.py`` compares what they compute with the oracle.
 """
 
-import subprocess
-import tempfile
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-import triton
-from tests.kernels.resources import Launch, _options, _specialization, recording, tiles_of
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
+from tests.kernels.resources import Launch, recording, said_by_ptxas, tiles_of
 
 from nsa.ops.launch import hopper_forward
 from nsa.ops.launch.tiles import QueryTiles
-
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
 def tensors(group, dims, packed, dtype=torch.bfloat16):
@@ -70,17 +62,6 @@ def scores(group, dims=(128, 128), packed=False):
     )
 
 
-def said_by_ptxas(item: Launch) -> str:
-    signature, constants, attributes = _specialization(item)
-    source = GluonASTSource(item.kernel, signature, constants, attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=_options(item))
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(kernel.asm["ptx"])
-        ptx.flush()
-        command = [str(PTXAS), "-v", "--gpu-name=sm_90a", ptx.name, "-o", "/dev/null"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
 CASES = {
     "attention-g16": lambda: attention(16),
     "attention-g1-d64-packed-fp16": lambda: attention(1, (64, 64), True, torch.float16),
@@ -95,7 +76,7 @@ def test_products_overlap_and_nothing_spills(case):
     with recording(launches), tiles_of(90):
         CASES[case]()
     (item,) = launches
-    said = said_by_ptxas(item)
+    said = said_by_ptxas(item, 90)
     assert "serialized" not in said
     assert "0 bytes spill stores" in said
 
