@@ -118,7 +118,7 @@ def demo_table(root: Path) -> str:
     caption = (
         f"{row['book']}: {row['train_tokens']:,} tokens of training, "
         f"{twins['nsa']['num_tokens']:,} held out; {row['device']}, {row['threads']} threads, "
-        f"PyTorch {row['torch']}, commit {(row['commit'] or 'unknown')[:9]}. The sparse model's "
+        f"PyTorch {row['torch']}, commit {_commits([row])}. The sparse model's "
         f"loss is {gap:+.3f} from its dense twin's.{took}"
     )
     return "\n".join([caption, "", *lines])
@@ -203,7 +203,7 @@ def needle_table(root: Path) -> str:
         f"sparse model of {model['num_parameters']:,} parameters that selects {read_keys:,} keys a "
         f"token and sees the last {model['config']['window_size']}; {machine['name']}, PyTorch "
         f"{row['provenance']['versions']['torch']}, commit "
-        f"{(row['provenance']['commit'] or 'unknown')[:9]}."
+        f"{_commits([row['provenance']])}."
     )
     return "\n".join([caption, "", *lines])
 

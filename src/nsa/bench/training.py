@@ -95,7 +95,7 @@ def _backend(name: str | None) -> Iterator[None]:
 
 
 def _speed(result: TrainResult) -> float | None:
-    """Tokens per second of the process, or of one before it that came further before it stopped."""
+    """Tokens per second of this process, or of one before it that logged more before it stopped."""
     path = result.output_dir / "speed.json"
     # The first holds the start and compilations.
     rates = [rate for _, rate in result.speeds[1:]]
