@@ -302,9 +302,9 @@ POINTERS = {
 
 def compile_launch(item: Launch, capability: int) -> Resources:
     """Compiles for ``sm_<capability>`` and reads what the machine code takes."""
-    compiled = _compiled(item, capability)
+    kernel = compiled(item, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
+        cubin.write(kernel.asm["cubin"])
         cubin.flush()
         shown = subprocess.run(
             [str(CUOBJDUMP), "--dump-resource-usage", cubin.name],
@@ -315,21 +315,22 @@ def compile_launch(item: Launch, capability: int) -> Resources:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", shown)
     assert found is not None, f"cuobjdump printed no resources: {shown}"
     registers, stack, local = map(int, found.groups())
-    wgmma, mma = (len(kind.findall(compiled.asm["ptx"])) for kind in (WGMMA, MMA))
-    return Resources(registers, stack, local, compiled.metadata.shared, wgmma, mma)
+    wgmma, mma = (len(kind.findall(kernel.asm["ptx"])) for kind in (WGMMA, MMA))
+    return Resources(registers, stack, local, kernel.metadata.shared, wgmma, mma)
 
 
 def said_by_ptxas(item: Launch, capability: int) -> str:
     """What ptxas says of the kernel: spills, and products that wait for each other."""
-    compiled = _compiled(item, capability)
+    kernel = compiled(item, capability)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(compiled.asm["ptx"])
+        ptx.write(kernel.asm["ptx"])
         ptx.flush()
         command = [str(PTXAS), "-v", f"--gpu-name=sm_{capability}a", ptx.name, "-o", "/dev/null"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def _compiled(item: Launch, capability: int) -> Any:
+def compiled(item: Launch, capability: int) -> Any:
+    """The kernel as Triton compiles it for ``sm_<capability>``."""
     signature, constants, attributes = _specialization(item)
     kind = GluonASTSource if item.kernel.is_gluon() else ASTSource
     source = kind(item.kernel, signature, constants, attributes)

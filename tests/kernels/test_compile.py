@@ -5,6 +5,7 @@ The table beside this file says what each kernel takes. Any difference fails: if
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.kernels.resources import (
     Launch,
     Resources,
     compile_launch,
+    compiled,
     kernels,
     recording,
     said_by_ptxas,
@@ -74,6 +76,18 @@ def test_products_overlap(name):
     layer, target, kernel = name.split("/", 2)
     capability = int(target.removeprefix("sm_"))
     assert "serialized" not in said_by_ptxas(kernels(layer, capability)[kernel], capability)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in KERNELS if re.search("/hopper_(attention_fwd|.*_dkv)_", name)]
+)
+def test_turns_have_barriers_of_their_own(name):
+    """Triton numbers its barriers as it likes: one with a number of ours would never end."""
+    layer, target, kernel = name.split("/", 2)
+    capability = int(target.removeprefix("sm_"))
+    ptx = compiled(kernels(layer, capability)[kernel], capability).asm["ptx"]
+    named = re.findall(r"\bbar(?:rier)?\.(?:sync|arrive)\S*\s+([89])(?:, (\d+))?;", ptx)
+    assert set(named) == {("8", "256"), ("9", "256")}
 
 
 def test_nothing_spills():

@@ -91,7 +91,9 @@ def test_packed_sequences_take_the_kernel_for_them(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")  # A thread's first.
+# What a process says once: that of a thread's first product, and of attention to single sequences.
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
+@pytest.mark.filterwarnings("ignore:cuDNN Attention defaults:UserWarning")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_packed_sequences_on_a_gpu(compiled):
     torch.manual_seed(0)

@@ -29,6 +29,7 @@ from nsa.kernels.hopper_tiles import (
     pack,
     pass_turn,
     scale_parts,
+    take_turns,
     tile_steps,
     unpack,
     wide_places,
@@ -59,7 +60,7 @@ def _producer(
     COLUMNS: gl.constexpr = q_s.shape[2]
     PIECES: gl.constexpr = DK // COLUMNS
     q_desc, k_desc, v_desc = descriptors
-    q_full, q_empty, full, empty, v_full, v_empty, _turns = bars
+    q_full, q_empty, full, empty, v_full, v_empty = bars
     K_BYTES: gl.constexpr = PIECES * k_desc.block_type.nbytes
     V_BYTES: gl.constexpr = v_desc.block_type.nbytes
     i_copy = 0
@@ -146,16 +147,16 @@ def _step(
     """Softmax of tile ``j`` while the product with values of tile ``j - 1`` runs."""
     queries, k_s, v_s, bars = ring
     b_p, b_m, b_l, b_alpha, b_acc = state
-    _, _, full, empty, v_full, v_empty, turns = bars
+    _, _, full, empty, v_full, v_empty = bars
     i_s = i_copy % STAGES
     i_v = (i_copy - 1) % STAGES
     i_n = (i_copy + 1) % STAGES
-    await_turn(turns, HALF, i_copy)
+    await_turn(HALF)
     b_s = _logits(queries, k_s, i_s, zero)
     b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, b_acc.type.layout))[:, None]
     mbarrier.wait(v_full.index(i_v), ((i_copy - 1) // STAGES) & 1)
     b_acc = warpgroup_mma(unpack(b_p, v_s.dtype, p_layout), v_s.index(i_v), b_acc, is_async=True)
-    pass_turn(turns, HALF)
+    pass_turn(HALF)
     b_s = warpgroup_mma_wait(1, deps=(b_s,))
     b_e, b_m, b_l, b_alpha = _softmax(
         b_s, b_m, b_l, scale_log2, (steps - 1 - j) * BN, b_visible, o_n, MASKED
@@ -189,7 +190,7 @@ def _consumer(
     """One warp group: rows ``ROW`` to ``ROW + 64`` of every tile."""
     q_s, k_s, v_s, bars = ring
     o_ptr, lse_ptr, scale_log2 = out
-    q_full, q_empty, full, empty, v_full, v_empty, turns = bars
+    q_full, q_empty, full, empty, v_full, v_empty = bars
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -202,6 +203,7 @@ def _consumer(
     queries = ()
     for h in gl.static_range(PIECES):
         queries = queries + (q_s.index(h).slice(ROW, 64),)
+    take_turns(HALF)
     i_copy = 0
     q_phase = 0
     for i_flat in range(gl.program_id(0), num_tiles * K, gl.num_programs(0)):
@@ -218,9 +220,9 @@ def _consumer(
         if steps > 0:
             i_s = i_copy % STAGES
             mbarrier.wait(full.index(i_s), (i_copy // STAGES) & 1)
-            await_turn(turns, HALF, i_copy)
+            await_turn(HALF)
             b_s = _logits(queries, k_s, i_s, zero)
-            pass_turn(turns, HALF)
+            pass_turn(HALF)
             b_s = warpgroup_mma_wait(0, deps=(b_s,))
             mbarrier.arrive(empty.index(i_s), count=1)
             b_e, b_m, b_l, b_alpha = _softmax(
@@ -306,10 +308,9 @@ def hopper_attention_fwd_kernel(
     q_full, q_empty = barriers(1, 1).index(0), barriers(1, 2).index(0)
     full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
     v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
-    turns = barriers(2, 1)
     fence_async_shared()
     barrier()
-    bars = (q_full, q_empty, full, empty, v_full, v_empty, turns)
+    bars = (q_full, q_empty, full, empty, v_full, v_empty)
     tiles = (cu_seqlens_ptr, num_seqs, T_q, T_c, q_offset)
     ring = (q_s, k_s, v_s, bars)
     out = (o_ptr.to(gl.pointer_type(gl.int32)), lse_ptr, scale_log2)  # Written as pairs.

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa.kernels.hopper_tiles import await_turn, barrier, barriers, pass_turn
+from nsa.kernels.hopper_tiles import await_turn, barrier, barriers, pass_turn, take_turns
 from nsa.kernels.tiles import find_numbered, first_number, locate_tile, opaque
 
 # Registers of a thread of the second warpgroup and of the warp that copies; the first one gets the
@@ -105,7 +105,7 @@ def _produce(k_desc, v_desc, key_row, memory, source, steps, SHAPE: gl.constexpr
     PV: gl.constexpr = SHAPE[DV]
     stages: gl.constexpr = SHAPE[ST]
     parts: gl.constexpr = 1 if SHAPE[MODE] == SELECTED else 2
-    keys, rows, values_s, full, empty, keys_full, _turns = memory
+    keys, rows, values_s, full, empty, keys_full = memory
     k_s, v_s = keys
     q_s, do_s = rows
     position_s, lse_s, delta_s, gate_s = values_s
@@ -155,7 +155,7 @@ def _produce(k_desc, v_desc, key_row, memory, source, steps, SHAPE: gl.constexpr
 def _products(PART: gl.constexpr, held, st, memory, SHAPE: gl.constexpr):
     """Starts the products of the keys with the rows at place ``st``, and of the values."""
     rows_a_step: gl.constexpr = SHAPE[BM]
-    keys, rows, _values_s, _full, _empty, _keys_full, _turns = memory
+    keys, rows, _values_s, _full, _empty, _keys_full = memory
     k_s, v_s = keys
     q_s, do_s = rows
     PK: gl.constexpr = SHAPE[DK]
@@ -237,7 +237,7 @@ def _consume(C: gl.constexpr, memory, out, masked, steps, n_0, window, SHAPE: gl
     """
     rows_a_step: gl.constexpr = SHAPE[BM]
     dk_ptr, dv_ptr, stride_dk, stride_dv, num_keys, scale_log2, scale = out
-    keys, rows, values_s, full, empty, keys_full, turns = memory
+    keys, rows, values_s, full, empty, keys_full = memory
     k_s, _v_s = keys
     PK: gl.constexpr = SHAPE[DK]
     PV: gl.constexpr = SHAPE[DV]
@@ -253,6 +253,7 @@ def _consume(C: gl.constexpr, memory, out, masked, steps, n_0, window, SHAPE: gl
     o_n = n_0 + PART * 64 + gl.arange(0, 64, gl.SliceLayout(1, score))
     dk = _zeros(PK, grad)
     dv = _zeros(PV, grad)
+    take_turns(C)
     mbarrier.wait(keys_full, 0)
     # Reading shared memory limits a step, so a piece of the keys stays in registers; where keys and
     # values have more than 256 columns, those would spill.
@@ -272,10 +273,10 @@ def _consume(C: gl.constexpr, memory, out, masked, steps, n_0, window, SHAPE: gl
         before = (i - EACH) % stages
         st = i % stages
         mbarrier.wait(full.index(st), (i // stages) & 1)
-        await_turn(turns, C, i // EACH - 1)
+        await_turn(C)
         dk, dv = _add(before, dk, dv, p_gated, ds, memory, SHAPE)
         s, dp_i = _products(PART, held, st, memory, SHAPE)
-        pass_turn(turns, C)
+        pass_turn(C)
         done = warpgroup_mma_wait(PV, deps=(s,) + dk + dv)
         dk, dv = _split(done, PK, PV)
         p, gate = _probabilities(done[0], st, i < masked, o_n, scale_log2, window, memory, SHAPE)
@@ -320,7 +321,6 @@ def _run(k_desc, v_desc, key_row, source, outs, masked, steps, n_0, SHAPE: gl.co
     delta_s = gl.allocate_shared_memory(gl.float32, [stages, rows_a_step], plain)
     gate_s = gl.allocate_shared_memory(gl.float32, [stages, rows_a_step], plain)
     keys_full = barriers(1, 1).index(0)
-    turns = barriers(2, 1)
     full = barriers(stages, 2)  # The copies and the values.
     empty = barriers(stages, parts)  # Of selected blocks one warpgroup reads it.
     fence_async_shared()
@@ -328,7 +328,7 @@ def _run(k_desc, v_desc, key_row, source, outs, masked, steps, n_0, SHAPE: gl.co
     values_s = (position_s, lse_s, delta_s, gate_s)
     # A warpgroup always has a step: rows that do not exist count for nothing.
     steps = gl.maximum(steps, 3 - parts)
-    memory = ((k_s, v_s), (q_s, do_s), values_s, full, empty, keys_full, turns)
+    memory = ((k_s, v_s), (q_s, do_s), values_s, full, empty, keys_full)
     window = source[10]
     gl.warp_specialize(
         [

@@ -229,6 +229,9 @@ def _consumer(
         loaded = ()
         for h in gl.static_range(PIECES):
             loaded = loaded + (gl.load(p_q + h * COLUMNS, mask=m_row[:, None], other=0.0),)
+        p_row = (q_0 + t_0 + s_token) * H + i_k * G + s_head
+        m_row = (t_0 + s_token < n_q) & (s_head < G)
+        b_lse = gl.load(lse_ptr + p_row, mask=m_row, other=float("inf"))
         # Every warp is done with the queries of the last tile.
         barrier()
         for h in gl.static_range(PIECES):
@@ -236,9 +239,7 @@ def _consumer(
         fence_async_shared()
         barrier()
         b_visible = num_visible(tiles[4] + t_0 + s_token, BLOCK, STRIDE)
-        p_row = (q_0 + t_0 + s_token) * H + i_k * G + s_head
-        m_row = (t_0 + s_token < n_q) & (s_head < G)
-        b_lse = gl.load(lse_ptr + p_row, mask=m_row, other=float("inf")) * 1.4426950408889634
+        b_lse = b_lse * 1.4426950408889634
         i_row = (num_tiles - 1 - i_flat // K).to(gl.int64) * (2 * BQ) + HALF * BQ
         sums = (own_ptr, next_ptr, i_row, n_q - t_0, K, i_k, stride_row)
         rows = (b_lse, b_visible, n_any, sums, scale_log2)
