@@ -36,6 +36,15 @@ same_compiler = pytest.mark.skipif(
 )
 
 
+def recorded(name: str) -> tuple[Launch, int]:
+    """The launch of a row of the table, and what it is compiled for."""
+    layer, target, kernel = name.split("/", 2)
+    capability = int(target.removeprefix("sm_"))
+    item = kernels(layer, capability).get(kernel)
+    assert item is not None, f"no longer launched: {RENEW}"
+    return item, capability
+
+
 def test_the_table_has_every_kernel_that_is_launched():
     launched = {
         f"{layer}/sm_{capability}/{name}"
@@ -60,10 +69,7 @@ def test_every_row_of_the_launch_tables_is_compiled():
 @same_compiler
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_takes_what_is_recorded(name):
-    layer, target, kernel = name.split("/", 2)
-    capability = int(target.removeprefix("sm_"))
-    item = kernels(layer, capability).get(kernel)
-    assert item is not None, f"no longer launched: {RENEW}"
+    item, capability = recorded(name)
     found = compile_launch(item, capability)
     assert found == KERNELS[name], RENEW
     assert found.shared <= MAX_SHARED[capability]
@@ -73,9 +79,7 @@ def test_a_kernel_takes_what_is_recorded(name):
 @pytest.mark.parametrize("name", [name for name in KERNELS if "/hopper_" in name])
 def test_products_overlap(name):
     """ptxas serialises ``wgmma`` where it cannot follow an accumulator, and says so."""
-    layer, target, kernel = name.split("/", 2)
-    capability = int(target.removeprefix("sm_"))
-    assert "serialized" not in said_by_ptxas(kernels(layer, capability)[kernel], capability)
+    assert "serialized" not in said_by_ptxas(*recorded(name))
 
 
 @pytest.mark.parametrize(
@@ -83,9 +87,7 @@ def test_products_overlap(name):
 )
 def test_turns_have_barriers_of_their_own(name):
     """Triton numbers its barriers as it likes: one with a number of ours would never end."""
-    layer, target, kernel = name.split("/", 2)
-    capability = int(target.removeprefix("sm_"))
-    ptx = compiled(kernels(layer, capability)[kernel], capability).asm["ptx"]
+    ptx = compiled(*recorded(name)).asm["ptx"]
     named = re.findall(r"\bbar(?:rier)?\.(?:sync|arrive)\S*\s+([89])(?:, (\d+))?;", ptx)
     assert set(named) == {("8", "256"), ("9", "256")}
 

@@ -229,6 +229,7 @@ def _consumer(
         loaded = ()
         for h in gl.static_range(PIECES):
             loaded = loaded + (gl.load(p_q + h * COLUMNS, mask=m_row[:, None], other=0.0),)
+        # On their way with the queries: whatever used them here would wait.
         p_row = (q_0 + t_0 + s_token) * H + i_k * G + s_head
         m_row = (t_0 + s_token < n_q) & (s_head < G)
         b_lse = gl.load(lse_ptr + p_row, mask=m_row, other=float("inf"))

@@ -26,7 +26,7 @@ def barriers(places: gl.constexpr, arrivals: gl.constexpr):
 
 
 @gluon.jit
-def _say(asm: gl.constexpr):
+def _execute(asm: gl.constexpr):
     """Runs an instruction that takes and gives nothing, where it stands."""
     gl.inline_asm_elementwise(
         asm + " mov.b32 $0, $1;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
@@ -41,13 +41,13 @@ def await_turn(HALF: gl.constexpr):
     one group's wait and the other's only arrive; a barrier in memory would cost each arrival two
     of its group. Triton's own have lower numbers.
     """
-    _say("bar.sync 8, 256;" if HALF == 0 else "bar.sync 9, 256;")
+    _execute("bar.sync 8, 256;" if HALF == 0 else "bar.sync 9, 256;")
 
 
 @gluon.jit
 def pass_turn(HALF: gl.constexpr):
     """What every ``await_turn`` ends with."""
-    _say("bar.arrive 9, 256;" if HALF == 0 else "bar.arrive 8, 256;")
+    _execute("bar.arrive 9, 256;" if HALF == 0 else "bar.arrive 8, 256;")
 
 
 @gluon.jit
