@@ -34,7 +34,7 @@ from nsa.ops.launch.compress_kv import compress_bwd, compress_fwd
 
 RECORDED = Path(__file__).with_name("resources.json")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-CUOBJDUMP, PTXAS = BINARIES / "cuobjdump", BINARIES / "ptxas"
+CUOBJDUMP, NVDISASM, PTXAS = (BINARIES / name for name in ("cuobjdump", "nvdisasm", "ptxas"))
 # Shared memory that one program may take, in bytes.
 MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024}
 # Tensor core instructions: of Hopper's warp groups, and of a warp, which reach half the rate there.
@@ -327,6 +327,16 @@ def said_by_ptxas(item: Launch, capability: int) -> str:
         ptx.flush()
         command = [str(PTXAS), "-v", f"--gpu-name=sm_{capability}a", ptx.name, "-o", "/dev/null"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def disassembly(item: Launch, capability: int) -> str:
+    """The machine code of the kernel, as ``nvdisasm`` writes it."""
+    kernel = compiled(item, capability)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [str(NVDISASM), cubin.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def compiled(item: Launch, capability: int) -> Any:

@@ -10,6 +10,7 @@ import re
 import pytest
 import torch
 import triton
+from tests.kernels.machine_code import overwritten_operands
 from tests.kernels.resources import (
     ASKED,
     COMPILED,
@@ -19,6 +20,7 @@ from tests.kernels.resources import (
     Resources,
     compile_launch,
     compiled,
+    disassembly,
     kernels,
     recording,
     said_by_ptxas,
@@ -90,6 +92,26 @@ def test_turns_have_barriers_of_their_own(name):
     ptx = compiled(*recorded(name)).asm["ptx"]
     named = re.findall(r"\bbar(?:rier)?\.(?:sync|arrive)\S*\s+([89])(?:, (\d+))?;", ptx)
     assert set(named) == {("8", "256"), ("9", "256")}
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if "/hopper_" in name])
+def test_operands_stay_in_registers(name):
+    """Once ptxas put queries of 64 columns and what ``dq`` multiplies next in the same ones."""
+    assert not overwritten_operands(disassembly(*recorded(name)))
+
+
+def test_an_overwritten_operand_is_seen():
+    code = """
+        /*0000*/ LDSM.16.M88.4 R8, [R2+UR4] ;
+    .L_x_0:
+        /*0010*/ HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR4], RZ, !UPT, gsb0 ;
+        /*0020*/ F2FP.BF16.F32.PACK_AB {spare}, R25, R24 ;
+        /*0030*/ @P0 BRA `(.L_x_0) ;
+        /*0040*/ EXIT ;
+    """
+    assert not overwritten_operands(code.format(spare="R12"))
+    (product,) = overwritten_operands(code.format(spare="R11"))
+    assert "R8, gdesc" in product
 
 
 def test_nothing_spills():

@@ -170,27 +170,26 @@ def _entry(i, count, p_tile, union, SHAPE: gl.constexpr):
 
 @gluon.jit
 def _step(
-    part, i_s, queries, ring, dq, zero, values, bits, sees, places, scale_log2, arrived,
+    part, i_s, b_q, queries, ring, dq, zero, values, bits, sees, places, scale_log2, arrived,
     SHAPE: gl.constexpr
 ):  # fmt: skip
     """Adds 64 keys to ``dq``.
 
-    ``bits`` are the tokens that may see them at all. ``sees``: where the first key ends, how far
-    apart keys end, how many tokens back a row sees, and whether any of it hides a key. ``places``:
-    the token of each row, the number of each key.
+    ``b_q`` are the pieces of the queries, in registers or in shared memory. ``bits`` are the tokens
+    that may see the keys at all. ``sees``: where the first key ends, how far apart keys end, how
+    many tokens back a row sees, and whether any of it hides a key. ``places``: the token of each
+    row, the number of each key.
     """
-    q_s, do_s, _full, _empty = queries
+    _q_s, do_s, _full, _empty = queries
     k_s, v_s, _arrived, _free = ring
     b_lse, b_delta, b_gate = values
     end, spacing, reach, masked = sees
     o_q, o_n = places
     pieces: gl.constexpr = SHAPE[PIECES]
-    key_dim: gl.constexpr = SHAPE[DK]
     b_s = zero
     for h in gl.static_range(pieces):
-        b_q = q_s.index(h).reshape([BM, key_dim]).slice(part * 64, 64)
         b_k = k_s.index(i_s * pieces + h).permute((1, 0))
-        b_s = warpgroup_mma(b_q, b_k, b_s, use_acc=h > 0, is_async=True)
+        b_s = warpgroup_mma(b_q[h], b_k, b_s, use_acc=h > 0, is_async=True)
     b_do = do_s.reshape([BM, SHAPE[DV]]).slice(part * 64, 64)
     b_v = v_s.index(i_s).permute((1, 0))
     b_dp = warpgroup_mma(b_do, b_v, zero, use_acc=False, is_async=True)
@@ -225,13 +224,17 @@ def _consumer(
     scale_log2, scale, SHAPE: gl.constexpr
 ):  # fmt: skip
     """One warpgroup: rows ``64 * PART`` to ``64 * PART + 64`` of every tile."""
-    _q_s, _do_s, q_full, q_empty = queries
+    q_s, _do_s, q_full, q_empty = queries
     _k_s, _v_s, full, empty = ring
     group: gl.constexpr = SHAPE[G]
     kv_heads: gl.constexpr = SHAPE[K]
     key_dim: gl.constexpr = SHAPE[DK]
     pieces: gl.constexpr = SHAPE[PIECES]
     tokens: gl.constexpr = 64 // group
+    # Queries in registers spare shared memory a sixth of what a step reads. More than 128 columns
+    # would spill; at 64 ptxas writes the gradient of the scores over them, though the next step
+    # reads them again.
+    IN_REGISTERS: gl.constexpr = key_dim == 128
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, key_dim, 16])
     zero = gl.zeros([64, BN], gl.float32, s_layout)
@@ -250,6 +253,12 @@ def _consumer(
             dq = dq + (gl.zeros([64, key_dim], gl.float32, dq_layout),)
         mbarrier.wait(q_full, q_phase)
         q_phase = q_phase ^ 1
+        b_q = ()
+        for h in gl.static_range(pieces):
+            b_h = q_s.index(h).reshape([BM, key_dim]).slice(PART * 64, 64)
+            if IN_REGISTERS:
+                b_h = b_h.load(gl.DotOperandLayout(0, s_layout, 2))
+            b_q = b_q + (b_h,)
         # Lists on their way take registers, of which more than one piece leaves none.
         p_list = unlike(p_tile) if pieces == 1 else p_tile
         # Moves on by steps: multiples of ``num_rows`` would be kept.
@@ -290,7 +299,7 @@ def _consumer(
                     end = start * spacing + origin  # Of the first key, from the first token.
                     masked = alike((end + (BN - 1) * spacing > 0) | (end <= tokens - 1 - reach))
                     dq = _step(
-                        PART, i_s, queries, ring, dq, zero, (b_lse, b_delta, b_gate), bits,
+                        PART, i_s, b_q, queries, ring, dq, zero, (b_lse, b_delta, b_gate), bits,
                         (end, spacing, reach, masked), (o_m // group, o_n), scale_log2, arrived,
                         SHAPE,
                     )  # fmt: skip

@@ -307,3 +307,11 @@ def union_entry(j, count, i_list, blocks_ptr, bits_ptr, width):
 def tokens_of(entry, seen):
     """A bit for each token of the tile that chose the block; ``seen`` is the sum before it."""
     return (entry[1] - seen).to(gl.int32)
+
+
+@gluon.jit
+def same(x):
+    """``x``, an int32 that all threads of a warp share, as one of which the compiler knows it."""
+    return gl.inline_asm_elementwise(
+        "redux.sync.or.b32 $0, $1, -1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
+    )

@@ -33,6 +33,7 @@ from nsa.kernels.hopper_tiles import (
     pack,
     pack_pair,
     rescale,
+    same,
     scale_parts,
     tokens_of,
     union_entry,
@@ -84,15 +85,23 @@ def _locate(i_flat, tiles, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def _range(branch, place, tiles, lists, SHAPE: gl.constexpr):
+def _count(i_list, lists, SHAPE: gl.constexpr):
+    """Blocks of the tile's list, where there is one."""
+    if SHAPE[SLC] and not SHAPE[ALL]:
+        return gl.load(lists[2] + i_list).to(gl.int32)
+    else:
+        return gl.to_tensor(0)
+
+
+@gluon.jit
+def _range(branch, place, chosen, tiles, SHAPE: gl.constexpr):
     """First key of a branch (of all blocks or the window) and its steps."""
-    _k, t_0, _q, _t, n_q, start, last, i_list = place
+    _k, t_0, _q, _t, n_q, start, last, _list = place
     exists = t_0 < n_q
     first = gl.where(branch == 0, 0, gl.maximum(start - tiles[7] + 1, 0))
     steps = gl.where(exists, (last - first) // BN + 1, 0)
     if SHAPE[SLC] and not SHAPE[ALL]:
-        chosen = gl.load(lists[2] + i_list, mask=branch == 0, other=0)
-        steps = gl.where(branch == 0, chosen.to(gl.int32), steps)
+        steps = gl.where(branch == 0, chosen, steps)
     return first, steps
 
 
@@ -157,7 +166,7 @@ def _producer(tiles, lists, q_desc, keys, memory, bars, SHAPE: gl.constexpr):
             )
         q_phase = q_phase ^ 1
         if SHAPE[SLC]:
-            first, steps = _range(0, place, tiles, lists, SHAPE)
+            first, steps = _range(0, place, _count(i_list, lists, SHAPE), tiles, SHAPE)
             entry = _entry(0, 0, steps, i_list, lists, SHAPE)
             for j in range(steps):
                 following = _entry(0, j + 1, steps, i_list, lists, SHAPE)
@@ -166,7 +175,7 @@ def _producer(tiles, lists, q_desc, keys, memory, bars, SHAPE: gl.constexpr):
                 entry = following
                 i_copy += 1
         if SHAPE[WIN]:
-            first, steps = _range(1, place, tiles, lists, SHAPE)
+            first, steps = _range(1, place, 0, tiles, SHAPE)
             for j in range(steps):
                 _copy(i_copy, k_0 + first + j * BN, i_k, k_win, v_win, memory, bars, SHAPE)
                 i_copy += 1
@@ -260,6 +269,9 @@ def _consumer(
         i_k, t_0, q_0, _k, n_q, start, last, i_list = place
         o_t = t_0 + o_m // group
         p_row = ((q_0 + o_t) * tiles[3] + i_k) * group + o_m % group
+        # On their way while the queries are.
+        head = _entry(0, 0, 1, i_list, lists, SHAPE)
+        chosen = _count(unlike(i_list.to(gl.int32)), lists, SHAPE)
         mbarrier.wait(q_full, q_phase)
         q_phase = q_phase ^ 1
         b_q = ()
@@ -267,8 +279,9 @@ def _consumer(
             b_h = q_s.index(h).reshape([BM, columns]).slice(ROW, 64)
             b_q = b_q + (b_h.load(gl.DotOperandLayout(0, s_layout, 2)),)
         mbarrier.arrive(q_empty, count=1)
+        chosen = same(chosen)
         for branch in range(FROM, TO):
-            first, steps = _range(branch, place, tiles, lists, SHAPE)
+            first, steps = _range(branch, place, chosen, tiles, SHAPE)
             reach = gl.where(branch == 0, 0x7FFFFFFF, tiles[7])
             oldest = last - reach + 1  # What the last query still sees.
             b_m = gl.full([64], LOWEST, gl.float32, rows)
@@ -280,7 +293,7 @@ def _consumer(
             i_v = -1
             i_free = -1
             seen = gl.to_tensor(0).to(gl.int64)
-            entry = _entry(branch, 0, steps, i_list, lists, SHAPE)
+            entry = head
             mbarrier.wait(full.index(i_copy % stages), (i_copy // stages) & 1, pred=steps > 0)
             for j in range(steps):
                 following = _entry(branch, j + 1, steps, i_list, lists, SHAPE)
