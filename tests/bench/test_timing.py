@@ -20,10 +20,25 @@ def test_the_warm_up_is_not_counted():
     assert time_call(lambda: time.sleep(next(pauses)), CPU, repeat_ms=10).p80_ms < 100
 
 
-def test_slow_calls_run_three_times():
+def test_slow_calls_run_five_times():
     calls = []
     time_call(lambda: calls.append(time.sleep(0.01)), CPU, repeat_ms=1)
-    assert len(calls) == 1 + 3
+    assert len(calls) == 1 + 5
+
+
+def test_slow_calls_run_five_times_on_a_gpu(monkeypatch):
+    asked = []
+
+    def do_bench(call, *, warmup, rep, quantiles):
+        asked.append(rep)
+        return quantiles
+
+    monkeypatch.setattr("triton.testing.do_bench", do_bench)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    time_call(lambda: time.sleep(0.05), torch.device("cuda"), repeat_ms=1)
+    time_call(lambda: None, torch.device("cuda"), repeat_ms=200)
+    assert asked[0] >= 5 * 50
+    assert asked[1] == 200
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 Call = Callable[[], object]
+LEAST = 5  # The median of two is their mean, which one slow call moves.
 
 
 class Times(NamedTuple):
@@ -23,26 +24,33 @@ class Times(NamedTuple):
 
 
 def time_call(call: Call, device: torch.device, *, repeat_ms: int) -> Times:
-    """Times ``call`` for about ``repeat_ms`` milliseconds after a warm-up.
+    """Times ``call`` for about ``repeat_ms`` milliseconds after a warm-up, at least five times.
 
     On CUDA by Triton's ``do_bench``, which empties the L2 cache between calls; elsewhere by the
-    wall clock, at least three times.
+    wall clock.
     """
+    call()
     if device.type == "cuda":
         # Triton is installed wherever PyTorch has CUDA, but not on every system.
         from triton.testing import do_bench
 
-        measured = do_bench(call, warmup=repeat_ms // 4, rep=repeat_ms, quantiles=[0.2, 0.5, 0.8])
+        torch.cuda.synchronize(device)
+        once_ms = _wall_ms(lambda: (call(), torch.cuda.synchronize(device)))
+        rep = max(repeat_ms, round(once_ms * (LEAST + 1)))
+        measured = do_bench(call, warmup=repeat_ms // 4, rep=rep, quantiles=[0.2, 0.5, 0.8])
         assert isinstance(measured, list), "do_bench returns one time per quantile"
         return Times(*measured)
-    call()
     samples: list[float] = []
-    while len(samples) < 3 or sum(samples) < repeat_ms:
-        start = time.perf_counter()
-        call()
-        samples.append((time.perf_counter() - start) * 1e3)
+    while len(samples) < LEAST or sum(samples) < repeat_ms:
+        samples.append(_wall_ms(call))
     quantiles = torch.quantile(torch.tensor(samples), torch.tensor([0.2, 0.5, 0.8]))
     return Times(*quantiles.tolist())
+
+
+def _wall_ms(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
 
 
 def as_graph(call: Call) -> Call:
