@@ -210,8 +210,24 @@ def compare(
     Returns:
         What ``function`` gave, as ``values_and_gradients`` names it.
     """
-    narrow = {name: x.to(dtype) for name, x in tensors.items()}
-    found = values_and_gradients(function, {name: x.to(device) for name, x in narrow.items()}, seed)
+    narrow = {name: x.to(device, dtype) for name, x in tensors.items()}
+    found = values_and_gradients(function, narrow, seed)
+    check_close(found, truth, tensors, dtype=dtype, seed=seed)
+    for name in tensors:
+        assert found[f"d{name}"].dtype == dtype, f"d{name} is {found[f'd{name}'].dtype}"
+    assert found["out0"].dtype == dtype, f"output is {found['out0'].dtype}"
+    return found
+
+
+def check_close(
+    found: dict[str, Tensor],
+    truth: Callable,
+    tensors: dict[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Holds what ``values_and_gradients`` found against the oracle; see ``compare``."""
     num_outputs = sum(name.startswith("out") for name in found)
 
     def truth_of_outputs(*values: Tensor):
@@ -219,15 +235,12 @@ def compare(
         return outputs if isinstance(outputs, Tensor) else outputs[:num_outputs]
 
     wide = values_and_gradients(truth_of_outputs, tensors, seed)
+    narrow = {name: x.to(dtype) for name, x in tensors.items()}
     same = values_and_gradients(truth_of_outputs, narrow, seed)
     for name, out in found.items():
         assert_close_to_oracle(
             out, wide[name], same[name], name=name, magnitude=_magnitude(name, tensors)
         )
-    for name in tensors:
-        assert found[f"d{name}"].dtype == dtype, f"d{name} is {found[f'd{name}'].dtype}"
-    assert found["out0"].dtype == dtype, f"output is {found['out0'].dtype}"
-    return found
 
 
 def _magnitude(name: str, tensors: dict[str, Tensor]) -> float:

@@ -17,6 +17,11 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.bfloat16, torch.float16)
 PAPER = NSAConfig.paper()
+COMPRESS = {
+    "compress_block_size": PAPER.compress_block_size,
+    "compress_stride": PAPER.compress_stride,
+}
+ATTENDED = ("q", "k_cmp", "v_cmp")
 # What is compiled in, with the dtype: heads, dims and geometry. Everything else is drawn anew for
 # each case, so that hundreds of cases take few compilations, and no two tests the same.
 COMPILED = [
@@ -138,31 +143,79 @@ LONG = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
 def test_long_cases_match_the_reference_in_float64(case, dtype):
-    case = replace(case, config=PAPER, dtype=dtype, spread=0.2)
+    check_long(replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("group", range(1, 65))
+def test_every_group_size(group):
+    check_long(Case(name="", lengths=(1153,), group=group, dk=64, dv=64, dtype=torch.bfloat16))
+
+
+def check_long(case: Case) -> None:
+    """The whole op at the paper's geometry."""
+    case = replace(case, config=PAPER, spread=0.2)
     tensors = {name: x.cuda() for name, x in case.tensors().items()}
     where = case.where("cuda")
-    compress = {
-        "compress_block_size": PAPER.compress_block_size,
-        "compress_stride": PAPER.compress_stride,
-    }
-    q, k_cmp, v_cmp = (tensors[name].to(dtype) for name in ("q", "k_cmp", "v_cmp"))
-    _, lse = ops.compressed_attention(q, k_cmp, v_cmp, **compress, **where)
-    chosen = ops.select_blocks(q, k_cmp, lse, config=PAPER, **where)
+    chosen = chosen_blocks(*(tensors[name].to(case.dtype) for name in ATTENDED), **where)
+
+    def tested(*values):
+        return ops.nsa_attention(*values, config=PAPER, **where)
+
+    given = {name: tensors[name] for name in cases.NSA_INPUTS}
+    truth = reference_over(chosen, **where)
+    cases.compare(tested, truth, given, dtype=case.dtype, device="cuda")
+
+
+def chosen_blocks(q, k_cmp, v_cmp, **where):
+    """What the op chooses from its own log-sum-exps."""
+    _, lse = ops.compressed_attention(q, k_cmp, v_cmp, **COMPRESS, **where)
+    return ops.select_blocks(q, k_cmp, lse, config=PAPER, **where)
+
+
+def reference_over(chosen, **where):
+    """The op by the reference, over blocks that are given: near-ties are judged elsewhere."""
+    plain = {"backend": "reference", **where}
 
     def truth(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates):
-        plain = {"backend": "reference", **where}
-        o_cmp, _ = ops.compressed_attention(q, k_cmp, v_cmp, **compress, **plain)
+        o_cmp, _ = ops.compressed_attention(q, k_cmp, v_cmp, **COMPRESS, **plain)
         o_slc = ops.selected_attention(
             q, k_slc, v_slc, chosen, block_size=PAPER.block_size, **plain
         )
         o_win = ops.window_attention(q, k_win, v_win, window_size=PAPER.window_size, **plain)
         return sum(gates[..., i, None] * o for i, o in enumerate((o_cmp, o_slc, o_win)))
 
-    def tested(*values):
-        return ops.nsa_attention(*values, config=PAPER, **where)
+    return truth
 
-    given = {name: tensors[name] for name in cases.NSA_INPUTS}
-    cases.compare(tested, truth, given, dtype=dtype, device="cuda")
+
+@pytest.mark.timeout(600)  # It takes 80 GB, of a GPU that other tests may be using.
+def test_a_million_tokens():
+    """Queries lie beyond 2^31 elements."""
+    check_last_rows(2**20, "cuda")
+
+
+def check_last_rows(total: int, device: str) -> None:
+    """The whole op on 32 query and 2 kv heads; only the last rows have weight in gradients."""
+    last, dtype = slice(total - 64, total), torch.bfloat16
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(1, *shape, generator=generator, dtype=dtype, device=device)
+
+    tensors = {"q": draw(total, 32, 128).mul_(0.2)}
+    for branch, count in (("cmp", PAPER.num_compressed(total)), ("slc", total), ("win", total)):
+        tensors |= {f"{side}_{branch}": draw(count, 2, 128) for side in "kv"}
+    tensors["gates"] = draw(total, 32, 3)
+    found = cases.values_and_gradients(
+        lambda *values: ops.nsa_attention(*values, config=PAPER)[:, last], tensors, 0
+    )
+    assert not found["dq"][:, :-64].any()
+    for name in ("q", "gates"):
+        tensors[name] = tensors[name][:, last].clone()
+        found[f"d{name}"] = found[f"d{name}"][:, last].clone()
+    where = {"q_offset": total - 64}
+    truth = reference_over(chosen_blocks(*(tensors[name] for name in ATTENDED), **where), **where)
+    exact = {name: x.double() for name, x in tensors.items()}
+    cases.check_close(found, truth, exact, dtype=dtype, seed=0)
 
 
 def paper_inputs(seq, dtype=torch.bfloat16, heads=(16, 1), dim=64):
