@@ -303,15 +303,7 @@ POINTERS = {
 def compile_launch(item: Launch, capability: int) -> Resources:
     """Compiles for ``sm_<capability>`` and reads what the machine code takes."""
     kernel = compiled(item, capability)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        shown = subprocess.run(
-            [str(CUOBJDUMP), "--dump-resource-usage", cubin.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+    shown = _read(kernel, CUOBJDUMP, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", shown)
     assert found is not None, f"cuobjdump printed no resources: {shown}"
     registers, stack, local = map(int, found.groups())
@@ -331,11 +323,15 @@ def said_by_ptxas(item: Launch, capability: int) -> str:
 
 def disassembly(item: Launch, capability: int) -> str:
     """The machine code of the kernel, as ``nvdisasm`` writes it."""
-    kernel = compiled(item, capability)
+    return _read(compiled(item, capability), NVDISASM)
+
+
+def _read(kernel: Any, tool: Path, *options: str) -> str:
+    """What a tool prints of a kernel's machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        command = [str(NVDISASM), cubin.name]
+        command = [str(tool), *options, cubin.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

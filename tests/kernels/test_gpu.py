@@ -17,10 +17,6 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.bfloat16, torch.float16)
 PAPER = NSAConfig.paper()
-COMPRESS = {
-    "compress_block_size": PAPER.compress_block_size,
-    "compress_stride": PAPER.compress_stride,
-}
 ATTENDED = ("q", "k_cmp", "v_cmp")
 # What is compiled in, with the dtype: heads, dims and geometry. Everything else is drawn anew for
 # each case, so that hundreds of cases take few compilations, and no two tests the same.
@@ -73,15 +69,7 @@ def check_all(case: Case) -> None:
     # The op chooses from its own log-sum-exps, not the oracle's: near-ties are judged above.
     tensors = {name: x.to("cuda", case.dtype) for name, x in case.tensors().items()}
     where = case.where("cuda")
-    _, lse = ops.compressed_attention(
-        tensors["q"],
-        tensors["k_cmp"],
-        tensors["v_cmp"],
-        compress_block_size=case.config.compress_block_size,
-        compress_stride=case.config.compress_stride,
-        **where,
-    )
-    own = ops.select_blocks(tensors["q"], tensors["k_cmp"], lse, config=case.config, **where)
+    own = chosen_blocks(*(tensors[name] for name in ATTENDED), config=case.config, **where)
     cases.check_near_ties(case, own.cpu(), blocks)
     cases.check_nsa_attention(kernels("nsa_attention"), case, "cuda", blocks=own.cpu())
 
@@ -166,10 +154,18 @@ def check_long(case: Case) -> None:
     cases.compare(tested, truth, given, dtype=case.dtype, device="cuda")
 
 
-def chosen_blocks(q, k_cmp, v_cmp, **where):
+def compression(config):
+    """How blocks of tokens are compressed, as arguments of an operation."""
+    return {
+        "compress_block_size": config.compress_block_size,
+        "compress_stride": config.compress_stride,
+    }
+
+
+def chosen_blocks(q, k_cmp, v_cmp, *, config=PAPER, **where):
     """What the op chooses from its own log-sum-exps."""
-    _, lse = ops.compressed_attention(q, k_cmp, v_cmp, **COMPRESS, **where)
-    return ops.select_blocks(q, k_cmp, lse, config=PAPER, **where)
+    _, lse = ops.compressed_attention(q, k_cmp, v_cmp, **compression(config), **where)
+    return ops.select_blocks(q, k_cmp, lse, config=config, **where)
 
 
 def reference_over(chosen, **where):
@@ -177,7 +173,7 @@ def reference_over(chosen, **where):
     plain = {"backend": "reference", **where}
 
     def truth(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates):
-        o_cmp, _ = ops.compressed_attention(q, k_cmp, v_cmp, **COMPRESS, **plain)
+        o_cmp, _ = ops.compressed_attention(q, k_cmp, v_cmp, **compression(PAPER), **plain)
         o_slc = ops.selected_attention(
             q, k_slc, v_slc, chosen, block_size=PAPER.block_size, **plain
         )
