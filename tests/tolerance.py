@@ -38,7 +38,7 @@ def assert_close_to_oracle(
     assert out.shape == oracle.shape, f"{name}: shape {list(out.shape)}, not {list(oracle.shape)}"
     assert same_dtype_reference.shape == oracle.shape, f"{name}: the reference has another shape"
     found, truth, same = (
-        x.detach().to("cpu", torch.float64) for x in (out, oracle, same_dtype_reference)
+        x.detach().to(oracle.device, torch.float64) for x in (out, oracle, same_dtype_reference)
     )
     special = ~truth.isfinite()
     assert torch.equal(special, ~found.isfinite()), f"{name}: not finite where the oracle is"
