@@ -42,12 +42,16 @@ WIDE = NSAConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Shapes of one test. ``lengths`` are a packed tensor's, or of a batch, all equal."""
+    """Shapes of one test. ``lengths`` are a packed tensor's, or of a batch, all equal.
+
+    ``spare`` keys of a batch's selected branch and of its window lie behind the last query.
+    """
 
     name: str
     lengths: tuple[int, ...]
     packed: bool = False
     offset: int = 0
+    spare: tuple[int, int] = (0, 0)
     group: int = 2
     kv_heads: int = 2
     dk: int = 4
@@ -62,15 +66,16 @@ class Case:
         generator = torch.Generator().manual_seed(self.seed)
         length = self.lengths[0]
         if self.packed:
-            rows = keys = (sum(self.lengths),)
+            rows = slc = win = (sum(self.lengths),)
             blocks = (sum(self.lengths) // self.config.compress_stride,)
         else:
             batch, total = len(self.lengths), self.offset + length
-            rows, keys = (batch, length), (batch, total)
+            rows = (batch, length)
+            slc, win = ((batch, total + more) for more in self.spare)
             blocks = (batch, self.config.num_compressed(total))
         heads = self.kv_heads * self.group
         shapes = {"q": (*rows, heads, self.dk)}
-        for branch, count in (("cmp", blocks), ("slc", keys), ("win", keys)):
+        for branch, count in (("cmp", blocks), ("slc", slc), ("win", win)):
             shapes[f"k_{branch}"] = (*count, self.kv_heads, self.dk)
             shapes[f"v_{branch}"] = (*count, self.kv_heads, self.dv)
         shapes["gates"] = (*rows, heads, 3)
@@ -82,10 +87,10 @@ class Case:
         return {name: x.to(self.dtype).double() for name, x in tensors.items()}
 
     def cu_seqlens(self) -> Tensor | None:
-        """int32 ``[num_seqs + 1]`` of a packed case."""
+        """int32 ``[num_seqs + 1]`` of a packed case, every second entry of a tensor."""
         if not self.packed:
             return None
-        return torch.tensor([0, *self.lengths]).cumsum(0).int()
+        return torch.tensor([0, *self.lengths]).cumsum(0).int().repeat_interleave(2)[::2]
 
     def scale(self) -> float:
         """A softmax scale other than the default."""
@@ -138,6 +143,8 @@ SHAPES = [
     Case(name="offset", lengths=(5, 5), offset=23),
     Case(name="offset-one-query", lengths=(1, 1), offset=40),
     Case(name="offset-below-a-block", lengths=(2,), offset=1),
+    Case(name="spare-keys", lengths=(17, 17), offset=4, spare=(9, 2)),
+    Case(name="endless-window", lengths=(21,), config=replace(SMALL, window_size=2**31 - 1)),
 ]
 PACKED = [
     Case(name="packed", lengths=(0, 1, 13, 0, 21, 3, 4), packed=True),
@@ -309,7 +316,10 @@ def check_window_attention(op: Callable, case: Case, device: str = "cpu") -> Non
 
 
 def random_blocks(case: Case) -> Tensor:
-    """Blocks no rule would choose: any candidates, any number of them, unused slots last."""
+    """Blocks no rule would choose: any number of candidates in any order, unused slots among them.
+
+    Some are there twice, and some hold no key of the sequence.
+    """
     generator = torch.Generator().manual_seed(case.seed + 2)
 
     def one(q: Tensor) -> Tensor:
@@ -320,7 +330,10 @@ def random_blocks(case: Case) -> Tensor:
             for head in range(case.kv_heads):
                 count = int(torch.randint(min(n, candidates) + 1, (), generator=generator))
                 picked = torch.randperm(candidates, generator=generator)[:count]
-                chosen[t, head, :count] = picked.sort().values.int()
+                chosen[t, head, :count] = picked.int()
+                if count and count < n and (t + head) % 2:
+                    chosen[t, head, count] = (int(picked[0]), 2**20)[t % 4 // 2]
+                chosen[t, head] = chosen[t, head, torch.randperm(n, generator=generator)]
         return chosen
 
     return case.per_sequence(one, case.tensors()["q"])

@@ -35,6 +35,9 @@ CASES = [
     Case(name="equal-block-sizes", lengths=(41,), config=WIDE),
     Case(name="three-strides-a-block", lengths=(71,), config=NARROW),
     Case(name="offset", lengths=(5, 5), offset=43),
+    Case(name="spare-keys", lengths=(29, 29), offset=4, spare=(9, 2)),
+    Case(name="endless-window", lengths=(21,), config=replace(SMALL, window_size=2**40)),
+    Case(name="float16", lengths=(37,), dtype=torch.float16),
     Case(name="packed", lengths=(0, 1, 39, 1, 29, 0), packed=True),
 ]
 

@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from nsa import NSAConfig
 from nsa.ops import launch
-from nsa.ops.launch import hopper_forward, hopper_key_gradients, tuned
+from nsa.ops.launch import hopper_forward, tuned
 from nsa.ops.launch.compress_kv import compress_bwd, compress_fwd
 
 RECORDED = Path(__file__).with_name("resources.json")
@@ -59,7 +59,7 @@ class Layer:
 # blocks are selected, and with small groups, whose tiles hold many tokens; packed, first a layer of
 # configs/100m-16k.yaml; with groups so large that a step has a part of the heads of a token; and
 # with groups that tiles pad, which compressed attention on Hopper leaves to the kernel of the other
-# GPUs.
+# GPUs; and a single row, since Triton makes a constant of an integer argument of 1.
 LAYERS = {
     "paper-d128": Layer(heads=(64, 4), dims=(128, 128)),
     "short-d128": Layer(heads=(64, 4), dims=(128, 128), seq_len=1024),
@@ -73,6 +73,7 @@ LAYERS = {
     "group12-d64": Layer(heads=(24, 2), dims=(64, 64)),
     "group4-d192": Layer(heads=(16, 4), dims=(192, 128)),
     "group12-d192": Layer(heads=(24, 2), dims=(192, 128)),
+    "one-row": Layer(heads=(1, 1), dims=(64, 64), seq_len=1),
 }
 TRAINING = ("compress", "compress-backward", "forward", "backward")
 ALONE = (
@@ -100,6 +101,7 @@ COMPILED = {
     ("group12-d64", 90): ("forward",),
     ("group4-d192", 90): ("forward",),
     ("group12-d192", 90): ("forward", "backward"),
+    ("one-row", 90): ("forward", "backward"),
 }
 
 
@@ -174,7 +176,6 @@ def tiles_of(capability: int) -> Iterator[None]:
     with (
         mock.patch.object(tuned, "_measured", measured),
         mock.patch.object(tuned, "capability", major),
-        mock.patch.object(hopper_key_gradients, "capability", major),
         mock.patch.object(hopper_forward, "capability", major),
         mock.patch.object(
             torch.cuda, "get_device_properties", return_value=mock.Mock(multi_processor_count=132)

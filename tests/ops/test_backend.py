@@ -53,6 +53,12 @@ def test_what_the_kernels_cannot_take_says_what_to_do(monkeypatch, tensor, messa
         resolve_backend(tensor, "kernel")
 
 
+def test_the_head_dim_of_values_has_the_same_limit(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="take head dims up to 256, got 257"):
+        resolve_backend(CPU, "kernel", 257)
+
+
 def test_without_triton_the_kernels_are_refused(monkeypatch):
     monkeypatch.setattr("nsa.ops.backend.launch", None)
     with pytest.raises(ValueError, match="need Triton, which is not installed"):

@@ -51,7 +51,15 @@ def _indices(block_indices):
 MESSAGES = {
     "scale": (
         lambda: checks.scale(float("inf"), 64),
-        "softmax_scale: expected a finite number, got inf.",
+        "softmax_scale: expected a finite float, got inf.",
+    ),
+    "scale-tensor": (
+        lambda: checks.scale(torch.tensor(0.1), 64),
+        "softmax_scale: expected a finite float, got tensor(0.1000).",
+    ),
+    "flag": (
+        lambda: checks.flag("recompute", "no"),
+        "recompute: expected True or False, got 'no'.",
     ),
     "not-a-tensor": (_mode([1.0]), "q: expected a tensor, got list."),
     "sparse": (
@@ -191,16 +199,20 @@ MESSAGES = {
     "indices-list": (_indices([0]), "block_indices: expected a tensor, got list."),
     "indices-dtype": (
         _indices(_zeros(2, 8, 2, 3, dtype=torch.int64)),
-        "block_indices: expected int32 [2, 8, 2] + [n], got int64 [2, 8, 2, 3]. Make them with "
-        "nsa.select_blocks, or cast with .int().",
+        "block_indices: expected int32 [2, 8, 2] + [n], n at least 1, got int64 [2, 8, 2, 3]. Make "
+        "them with nsa.select_blocks, or cast with .int().",
     ),
     "indices-shape": (
         _indices(_zeros(2, 8, 4, 3, dtype=torch.int32)),
-        "block_indices: expected int32 [2, 8, 2] + [n], got int32 [2, 8, 4, 3].",
+        "block_indices: expected int32 [2, 8, 2] + [n], n at least 1, got int32 [2, 8, 4, 3].",
     ),
     "indices-rank": (
         _indices(_zeros(2, 8, 2, dtype=torch.int32)),
-        "block_indices: expected int32 [2, 8, 2] + [n], got int32 [2, 8, 2].",
+        "block_indices: expected int32 [2, 8, 2] + [n], n at least 1, got int32 [2, 8, 2].",
+    ),
+    "indices-none": (
+        _indices(_zeros(2, 8, 2, 0, dtype=torch.int32)),
+        "block_indices: expected int32 [2, 8, 2] + [n], n at least 1, got int32 [2, 8, 2, 0].",
     ),
     "indices-device": (
         _indices(_zeros(2, 8, 2, 3, dtype=torch.int32, device="meta")),

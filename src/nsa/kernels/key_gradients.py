@@ -306,7 +306,7 @@ def list_numbers_kernel(
     """Grid (tiles of SELECT queries, K): the list of each entry ``[tokens, K, N]`` of the choice.
 
     That is ``kv head * num_blocks + block``, blocks of all sequences numbered through; unused
-    entries belong behind all lists.
+    entries, and blocks behind the last of their sequence, belong behind all lists.
     """
     i_tile = tl.program_id(0)
     i_k = tl.program_id(1)
@@ -317,12 +317,15 @@ def list_numbers_kernel(
         return
     if PACKED:  # Blocks are tiles of the sequence's own tokens.
         first = i_tile - t_0 // SELECT
+        n_block = tl.cdiv(n_q, SELECT)
     else:
-        first = i_tile // tl.cdiv(T_q, SELECT) * tl.cdiv(T_k, SELECT)
+        n_block = tl.cdiv(T_k, SELECT)
+        first = i_tile // tl.cdiv(T_q, SELECT) * n_block
     o_e = tl.arange(0, E)
     o_t = o_e // N
     m_e = (o_t < SELECT) & (t_0 + o_t < n_q)
     p_e = ((q_0 + t_0 + o_t) * K + i_k) * N + o_e % N
     b_block = tl.load(indices_ptr + p_e, mask=m_e, other=-1)
-    b_number = tl.where(b_block < 0, K * num_blocks, i_k * num_blocks + first + b_block)
+    m_used = (b_block >= 0) & (b_block < n_block)
+    b_number = tl.where(m_used, i_k * num_blocks + first + b_block, K * num_blocks)
     tl.store(numbers_ptr + p_e, b_number, mask=m_e)

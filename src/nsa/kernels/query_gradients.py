@@ -60,10 +60,10 @@ def row_values_kernel(
                 b_delta -= tl.load(dlse_ptr + p_row, mask=m_row, other=0.0)
             b_lse = tl.load(p_lse + p_row, mask=m_row, other=0.0) * 1.4426950408889634
             b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
-            p_out = rows_ptr + i * 3 * num_rows.to(tl.int64) + p_row
+            p_out = rows_ptr + i * 3 * tl.cast(num_rows, tl.int64) + p_row
             tl.store(p_out, b_lse, mask=m_row)
             tl.store(p_out + num_rows, b_delta, mask=m_row)
-            tl.store(p_out + 2 * num_rows.to(tl.int64), b_gate, mask=m_row)
+            tl.store(p_out + 2 * tl.cast(num_rows, tl.int64), b_gate, mask=m_row)
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def row_values(rows_ptr, p_row, m_row, num_rows):
     """Base-2 lse, delta and gate of rows of one branch; rows that do not exist have p = 0."""
     b_lse = tl.load(rows_ptr + p_row, mask=m_row, other=float("inf"))
     b_delta = tl.load(rows_ptr + num_rows + p_row, mask=m_row, other=0.0)
-    b_gate = tl.load(rows_ptr + 2 * num_rows.to(tl.int64) + p_row, mask=m_row, other=0.0)
+    b_gate = tl.load(rows_ptr + 2 * tl.cast(num_rows, tl.int64) + p_row, mask=m_row, other=0.0)
     return b_lse, b_delta, b_gate
 
 
@@ -172,7 +172,7 @@ def dq_kernel(
 
     if SLC:
         b_lse, b_delta, b_gate = row_values(
-            rows_ptr + 3 * num_rows.to(tl.int64), p_row, m_row, num_rows
+            rows_ptr + 3 * tl.cast(num_rows, tl.int64), p_row, m_row, num_rows
         )
         p_tile = (i_tile * K + i_k).to(tl.int64)
         count = last // SELECT + 1 if ALL else tl.load(counts_ptr + p_tile)
@@ -201,7 +201,7 @@ def dq_kernel(
 
     if WIN:
         b_lse, b_delta, b_gate = row_values(
-            rows_ptr + 6 * num_rows.to(tl.int64), p_row, m_row, num_rows
+            rows_ptr + 6 * tl.cast(num_rows, tl.int64), p_row, m_row, num_rows
         )
         o_n = tl.arange(0, BN)
         o_k = (o_n * K + i_k)[:, None] * DK + o_dk[None, :]

@@ -25,10 +25,11 @@ MAX_HEAD_DIM = 256
 INSTEAD = "Pass backend='reference' (or set NSA_BACKEND=reference) for the PyTorch reference."
 
 
-def resolve_backend(tensor: Tensor, backend: str | None) -> str:
+def resolve_backend(tensor: Tensor, backend: str | None, value_dim: int = 0) -> str:
     """``backend`` if given, else ``$NSA_BACKEND`` if set, else by device.
 
-    By device means kernels for CUDA tensors and the reference elsewhere.
+    By device means kernels for CUDA tensors and the reference elsewhere. The kernels have a limit
+    for head dims: that of ``tensor``, and of values ``value_dim``.
 
     Raises:
         ValueError: the name is not one of ``BACKENDS``, or the kernels cannot take this tensor.
@@ -41,11 +42,11 @@ def resolve_backend(tensor: Tensor, backend: str | None) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}.")
     if backend == "kernel":
-        _check_kernels_take(tensor, source)
+        _check_kernels_take(tensor, source, max(tensor.shape[-1], value_dim))
     return backend
 
 
-def _check_kernels_take(tensor: Tensor, source: str) -> None:
+def _check_kernels_take(tensor: Tensor, source: str, head_dim: int) -> None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if launch is None:
         raise ValueError(
@@ -60,10 +61,9 @@ def _check_kernels_take(tensor: Tensor, source: str) -> None:
             "the GPU kernels take bfloat16, float16 and float32 tensors, got "
             f"{str(tensor.dtype).removeprefix('torch.')}. {INSTEAD}"
         )
-    if tensor.shape[-1] > MAX_HEAD_DIM:
+    if head_dim > MAX_HEAD_DIM:
         raise ValueError(
-            f"the GPU kernels take head dims up to {MAX_HEAD_DIM}, got {tensor.shape[-1]}. "
-            f"{INSTEAD}"
+            f"the GPU kernels take head dims up to {MAX_HEAD_DIM}, got {head_dim}. {INSTEAD}"
         )
 
 
@@ -79,19 +79,24 @@ def implementation(backend: str) -> ModuleType:
 
 
 def custom_op(name: str) -> Callable[[Callable], Any]:
-    """``torch.library.custom_op`` of a function without side effects, which autocast leaves alone.
+    """``torch.library.custom_op`` of a function without side effects, on its tensors' device.
 
-    Autocast stays on inside of an op and would round the products that are meant to be exact.
+    Autocast stays on inside of an op and would round the products that are meant to be exact: the
+    function runs without it.
     """
 
     def register(function: Callable) -> Any:
         @functools.wraps(function)
         def run(first: Tensor, *others: object) -> object:
-            device = first.device.type
-            if not torch.is_autocast_enabled(device):
-                return function(first, *others)
-            with torch.autocast(device, enabled=False):
-                return function(first, *others)
+            device = first.device
+            if torch.is_autocast_enabled(device.type):
+                with torch.autocast(device.type, enabled=False):
+                    return run(first, *others)
+            # Triton starts kernels on the current device, wherever their arguments are.
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):
+                    return function(first, *others)
+            return function(first, *others)
 
         return torch.library.custom_op(name, run, mutates_args=())
 

@@ -22,8 +22,9 @@ def scale(softmax_scale: float | None, head_dim: int) -> float:
     """The given scale, or ``1 / sqrt(head_dim)``."""
     if softmax_scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if not math.isfinite(softmax_scale):
-        raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale}.")
+    # Of a tensor it would wait for the device.
+    if not isinstance(softmax_scale, int | float) or not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale: expected a finite float, got {softmax_scale!r}.")
     return float(softmax_scale)
 
 
@@ -200,18 +201,25 @@ def positive(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}.")
 
 
+def flag(name: str, value: bool) -> None:
+    """True or False, not a word that says so."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}.")
+
+
 def indices(block_indices: Tensor, q: Tensor, k: Tensor) -> None:
     """int32 ``[batch, seq, kv_heads, n]``, or packed ``[tokens, kv_heads, n]``."""
     tensor("block_indices", block_indices)
     expected = [*q.shape[:-2], k.shape[-2]]
     if (
         block_indices.dtype != torch.int32
-        or list(block_indices.shape[:-1]) != expected
         or block_indices.dim() != q.dim()
+        or list(block_indices.shape[:-1]) != expected
+        or block_indices.shape[-1] == 0
     ):
         raise ValueError(
-            f"block_indices: expected int32 {expected} + [n], got {describe(block_indices)}. Make "
-            "them with nsa.select_blocks, or cast with .int()."
+            f"block_indices: expected int32 {expected} + [n], n at least 1, got "
+            f"{describe(block_indices)}. Make them with nsa.select_blocks, or cast with .int()."
         )
     if block_indices.device != q.device:
         raise ValueError(

@@ -50,7 +50,9 @@ def compress_kv(
         kind: "mlp", "linear", "gated" or "mean".
         compress_block_size: tokens per block.
         compress_stride: tokens between blocks.
-        cu_seqlens: int32 ``[num_seqs + 1]``, exactly when k is packed.
+        cu_seqlens: int32 ``[num_seqs + 1]``, exactly when k is packed: where sequences
+            start, from 0 to the number of tokens, never decreasing (read and checked on a CPU
+            only).
         backend: ``"reference"`` or ``"kernel"``; by device if None.
 
     Returns:
@@ -82,8 +84,15 @@ def compress_kv(
 
 
 def _check_weights(x: Tensor, phi: CompressorWeights, side: str, kind: str, block: int) -> None:
+    if not isinstance(phi, CompressorWeights):
+        raise ValueError(
+            f"{side}: expected nsa.CompressorWeights(pe, w1, w2), got {type(phi).__name__}."
+        )
+    for name, weight in zip(phi._fields, phi, strict=True):
+        if weight is not None:
+            checks.tensor(f"{side}.{name}", weight)
     num_kv_heads, dim = x.shape[-2:]
-    hidden = phi.w1.shape[0] if kind == "mlp" and phi.w1 is not None else dim
+    hidden = phi.w1.shape[0] if kind == "mlp" and phi.w1 is not None and phi.w1.dim() else dim
     pe = [num_kv_heads, block, dim]
     expected: dict[str, tuple[list[int] | None, ...]] = {
         "mlp": (pe, [hidden, block * dim], [dim, hidden]),

@@ -29,12 +29,15 @@ def compressed_attention(
     Args:
         q: rotated queries ``[batch, seq, heads, Dk]``, or packed ``[tokens, heads, Dk]``.
         k_cmp: compressed, rotated keys ``[batch, T_c, kv_heads, Dk]``, or packed
-            ``[tokens // stride, kv_heads, Dk]`` as ``compress_kv`` lays them out.
+            ``[tokens // stride, kv_heads, Dk]`` as ``compress_kv`` lays them out. Slots that no
+            sequence fills have no weight, but must be finite.
         v_cmp: compressed values, ``[..., Dv]``.
         compress_block_size: tokens per compressed block.
         compress_stride: tokens between compressed blocks.
         softmax_scale: factor of the logits, ``1 / sqrt(Dk)`` if None.
-        cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed.
+        cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed: where sequences
+            start, from 0 to the number of tokens, never decreasing (read and checked on a CPU
+            only).
         q_offset: position of the first query in its sequence (batches only).
         backend: ``"reference"`` or ``"kernel"``; by device if None.
 
@@ -65,7 +68,7 @@ def compressed_attention(
         compress_stride,
         checks.scale(softmax_scale, q.shape[-1]),
         q_offset,
-        resolve_backend(q, backend),
+        resolve_backend(q, backend, v_cmp.shape[-1]),
     )
 
 

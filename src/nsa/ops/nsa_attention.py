@@ -45,7 +45,9 @@ def nsa_attention(
             sigmoids.
         config: block sizes and counts.
         softmax_scale: factor of the logits, ``1 / sqrt(Dk)`` if None.
-        cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed.
+        cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed: where sequences
+            start, from 0 to the number of tokens, never decreasing (read and checked on a CPU
+            only).
         q_offset: position of the first query in its sequence (batches only).
         recompute: keep the lists of blocks and the log-sum-exps for the backward, and compute the
             branch outputs again there. It saves three tensors of o's size and costs most of a
@@ -66,6 +68,7 @@ def nsa_attention(
         torch.Size([1, 50, 4, 8])
     """
     checks.config(config)
+    checks.flag("recompute", recompute)
     checks.queries(q, cu_seqlens, q_offset)
     checks.gates(gates, q)
     checks.keys_values(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"))
@@ -91,7 +94,7 @@ def nsa_attention(
         checks.scale(softmax_scale, q.shape[-1]),
         q_offset,
         keep,
-        resolve_backend(q, backend),
+        resolve_backend(q, backend, v_cmp.shape[-1]),
     )[0]
 
 

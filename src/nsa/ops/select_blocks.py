@@ -35,7 +35,9 @@ def select_blocks(
         lse: ``[batch, seq, heads]`` from ``compressed_attention`` with the same ``softmax_scale``.
         config: block sizes and counts.
         softmax_scale: factor of the logits, ``1 / sqrt(Dk)`` if None.
-        cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed.
+        cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed: where sequences
+            start, from 0 to the number of tokens, never decreasing (read and checked on a CPU
+            only).
         q_offset: position of the first query in its sequence (batches only).
         backend: ``"reference"`` or ``"kernel"``; by device if None.
 

@@ -32,7 +32,9 @@ def selected_attention(
             slots. Counted within the query's own sequence. The choice has no gradient.
         block_size: tokens per selection block.
         softmax_scale: factor of the logits, ``1 / sqrt(Dk)`` if None.
-        cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed.
+        cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed: where sequences
+            start, from 0 to the number of tokens, never decreasing (read and checked on a CPU
+            only).
         q_offset: position of the first query in its sequence (batches only); keys always start at
             position 0.
         backend: ``"reference"`` or ``"kernel"``; by device if None.
@@ -62,7 +64,7 @@ def selected_attention(
         block_size,
         checks.scale(softmax_scale, q.shape[-1]),
         q_offset,
-        resolve_backend(q, backend),
+        resolve_backend(q, backend, v.shape[-1]),
     )
     return o
 

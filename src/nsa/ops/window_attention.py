@@ -29,7 +29,9 @@ def window_attention(
         v: values ``[batch, keys, kv_heads, Dv]``.
         window_size: keys each query sees; the same number in training, prefill and decoding.
         softmax_scale: factor of the logits, ``1 / sqrt(Dk)`` if None.
-        cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed.
+        cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed: where sequences
+            start, from 0 to the number of tokens, never decreasing (read and checked on a CPU
+            only).
         q_offset: position of the first query in its sequence (batches only); keys always start at
             position 0.
         backend: ``"reference"`` or ``"kernel"``; by device if None.
@@ -56,7 +58,7 @@ def window_attention(
         window_size,
         checks.scale(softmax_scale, q.shape[-1]),
         q_offset,
-        resolve_backend(q, backend),
+        resolve_backend(q, backend, v.shape[-1]),
     )
     return o
 

@@ -4,8 +4,8 @@ Compressed blocks of packed sequences live in *slots*. Sequence ``b`` starts at 
 ``cu_seqlens[b] // stride`` and fills one slot per compressed block. It never reaches the next
 sequence's first slot, since ``n`` tokens hold at most ``n // stride`` blocks; so
 ``total_tokens // stride`` slots suffice whatever the lengths are, and nobody has to read the
-lengths back from the device to allocate them. Slots no sequence fills hold zeros and are never
-visible.
+lengths back from the device to allocate them. Slots no sequence fills hold zeros: they are never
+visible, but must be finite.
 """
 
 from __future__ import annotations

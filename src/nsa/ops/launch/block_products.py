@@ -92,7 +92,7 @@ def slots(x: Tensor, cu_seqlens: Tensor | None, stride: int, BN=256) -> Tensor:
         locate_slots_kernel,
         (ceil_div(num, BN),),
         table_ptr=table,
-        cu_seqlens_ptr=cu_seqlens,
+        cu_seqlens_ptr=cu_seqlens.contiguous(),
         num_seqs=num_seqs,
         search_steps=num_seqs.bit_length(),
         num=num,

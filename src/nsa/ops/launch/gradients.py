@@ -10,15 +10,17 @@ from torch import Tensor
 from nsa.kernels.query_gradients import dq_kernel, row_values_kernel
 from nsa.ops.launch import hopper_query_gradients as hopper
 from nsa.ops.launch.branches import Branch, Geometry
-from nsa.ops.launch.key_gradients import EVERYTHING, Rows, range_dkv, selected_dkv
+from nsa.ops.launch.key_gradients import Rows, range_dkv, selected_dkv
 from nsa.ops.launch.select_blocks import union_blocks
 from nsa.ops.launch.tiles import (
+    EVERYTHING,
     QueryTiles,
     ceil_div,
     heads,
     key_tile,
     launch,
     next_power_of_2,
+    reachable,
 )
 from nsa.ops.launch.tuned import tile
 
@@ -40,6 +42,7 @@ def attention_bwd(
     do, q = do.contiguous(), q.contiguous()
     gates = None if gates is None else gates.contiguous()
     branches = {name: branch.contiguous() for name, branch in branches.items()}
+    geometry = replace(geometry, window_size=min(geometry.window_size, EVERYTHING))
     values, dgates = _row_values(do, branches, gates, dlse)
     grads = {"dq": _dq(do, q, branches, values, geometry)}
     if dgates is not None:
@@ -97,7 +100,7 @@ def _dq(
     values: Tensor,
     geometry: Geometry,
 ) -> Tensor:
-    if hopper.applies(q, branches, geometry):
+    if hopper.applies(do, q, branches, geometry):
         return hopper.dq(do, q, branches, values, geometry)
     dq = torch.empty_like(q)
     any_branch = next(iter(branches.values()))
@@ -110,8 +113,10 @@ def _dq(
     for name in NAMES:
         branch = branches.get(name)
         for field in ("k", "v"):
-            tensors[f"{field}_{name}_ptr"] = q if branch is None else getattr(branch, field)
-    tokens = branches.get("slc") or branches.get("win")
+            x = q if branch is None else getattr(branch, field)
+            if branch is not None and name != "cmp":
+                x = reachable(x, q, geometry.q_offset, 1, 1)
+            tensors[f"{field}_{name}_ptr"] = x
     if q.numel():
         launch(
             dq_kernel,
@@ -127,7 +132,7 @@ def _dq(
             **tiles.arguments(),
             num_rows=values.shape[-1],
             T_q=q.shape[-3],
-            T_k=q.shape[-3] if tokens is None else tokens.k.shape[-3],
+            T_k=geometry.q_offset + q.shape[-3],
             T_c=0 if cmp is None else cmp.k.shape[-3],
             **geometry.scalars(),
             **sizes,

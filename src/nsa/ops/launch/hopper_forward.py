@@ -19,7 +19,6 @@ from nsa.ops.launch.tiles import (
     QueryTiles,
     launch,
     next_power_of_2,
-    reachable,
 )
 from nsa.ops.launch.tuned import capability
 
@@ -65,16 +64,17 @@ def piece(dim: int) -> int:
 
 
 def has_token_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_size: int | None, softmax_scale: float
+    q: Tensor, keys: dict[str, Tensor], block_size: int | None, softmax_scale: float
 ) -> bool:
     """Whether ``token_attention_fwd`` applies; without selected blocks they have no size."""
+    v = keys["v_slc"]
     return (
-        q.shape[-2] // k.shape[-2] in (8, 16, 32, 64)
+        q.shape[-2] // v.shape[-2] in (8, 16, 32, 64)
         and q.shape[-1] in KEY_DIMS
         and v.shape[-1] in VALUE_DIMS
         and block_size in (None, TOKEN_KEYS)
         and softmax_scale > 0
-        and can_copy(q, k, v)
+        and can_copy(q, *keys.values())
     )
 
 
@@ -213,9 +213,6 @@ def token_attention_fwd(
     num_kv_heads, value_dim = keys["v_slc"].shape[-2:]
     group = num_heads // num_kv_heads
     columns = piece(key_dim)
-    # Tiles of keys are copied whole, and what lies behind the last may be anything.
-    keys = {name: reachable(x, q, common["q_offset"], 1, 1) for name, x in keys.items()}
-    common = {**common, "T_k": keys["k_slc"].shape[-3]}
     free = SHARED_MEMORY - TOKEN_ROWS * key_dim * 2
     stages = min(MAX_STAGES, free // (TOKEN_KEYS * (key_dim + value_dim) * 2))
     descriptors = {

@@ -6,22 +6,20 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.kernels.hopper_key_gradients import COMPRESSED, SELECTED, WINDOW
-from nsa.ops.launch.hopper_forward import START, descriptor
-from nsa.ops.launch.tuned import capability
+from nsa.ops.launch.hopper_forward import KEY_DIMS, START, VALUE_DIMS, can_copy, descriptor
 
 KEYS = 128  # Of a tile: 64 for each of two warpgroups. Selected blocks have 64.
 BM = 32  # Query rows of a step; 64 do not fit the registers.
 MAX_STAGES = 8
 
 
-def applies(q: Tensor, v: Tensor, sizes: dict[str, int]) -> bool:
+def applies(q: Tensor, do: Tensor, k: Tensor, v: Tensor) -> bool:
     """Hopper, 16-bit, head dims of whole pieces, groups whose rows fill the swizzle's pattern."""
     return (
-        capability(q) == 9
-        and q.element_size() == 2
-        and q.shape[-1] in (64, 128, 192)
-        and v.shape[-1] in (64, 128)
-        and sizes["G"] in (8, 16, 32, 64)
+        q.shape[-1] in KEY_DIMS
+        and v.shape[-1] in VALUE_DIMS
+        and q.shape[-2] // k.shape[-2] in (8, 16, 32, 64)
+        and can_copy(q, do, k, v)
     )
 
 

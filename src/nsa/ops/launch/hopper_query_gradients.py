@@ -11,7 +11,6 @@ from nsa.ops.launch.branches import Branch, Geometry
 from nsa.ops.launch.hopper_forward import (
     SHARED_MEMORY,
     START,
-    can_copy,
     descriptor,
     piece,
     programs,
@@ -23,12 +22,10 @@ ROWS, KEYS = 128, 64  # Of a query tile and of a step, which is a selected block
 MAX_STAGES = 6
 
 
-def applies(q: Tensor, branches: dict[str, Branch], geometry: Geometry) -> bool:
+def applies(do: Tensor, q: Tensor, branches: dict[str, Branch], geometry: Geometry) -> bool:
     """As for the key side, with selection blocks of one step."""
-    first = next(iter(branches.values()))
     whole = "slc" not in branches or geometry.block_size == KEYS
-    fits = hopper_key_gradients.applies(q, first.v, heads(q, first.k, first.v))
-    return whole and fits and can_copy(q, *(x for b in branches.values() for x in (b.k, b.v)))
+    return whole and all(hopper_key_gradients.applies(q, do, b.k, b.v) for b in branches.values())
 
 
 def dq(

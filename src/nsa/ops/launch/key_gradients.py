@@ -28,8 +28,6 @@ from nsa.ops.launch.tiles import (
 )
 from nsa.ops.launch.tuned import tile
 
-EVERYTHING = 1 << 30  # Longer than any sequence.
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -83,7 +81,7 @@ def range_dkv(
     q = rows.q
     sizes = heads(q, branch.k, branch.v)
     shape = tile("range_dkv", sizes, q)
-    on_hopper = hopper.applies(q, branch.v, sizes)
+    on_hopper = hopper.applies(q, rows.do, branch.k, branch.v)
     keys = hopper.KEYS if on_hopper else shape.BN
     block, stride = (
         (geometry.compress_block_size, geometry.compress_stride) if compressed else (1, 1)
@@ -147,7 +145,7 @@ def selected_dkv(rows: Rows, branch: Branch, geometry: Geometry) -> tuple[Tensor
     num_keys = branch.k.shape[-3]
     blocks = QueryTiles.of(q, geometry.cu_seqlens, size, num_keys)
     entries, entry_offsets = invert(branch.block_indices, q, blocks, num_keys)
-    on_hopper = size == 64 and hopper.applies(q, branch.v, sizes)
+    on_hopper = size == 64 and hopper.applies(q, rows.do, branch.k, branch.v)
     sums = 2 if on_hopper else 1
     num_entries = branch.block_indices.numel()
     part = sums * min(PART, max(MIN_PART, next_power_of_2(num_entries // 1024)))

@@ -10,6 +10,7 @@ from torch import Tensor
 LOG2_E = 1.4426950408889634
 # Programs that keep a GPU busy: about one for each multiprocessor, more would take turns.
 ENOUGH_PROGRAMS = 128
+EVERYTHING = 1 << 30  # Longer than any sequence, and positions added to it fit 32 bits.
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -58,7 +59,7 @@ def reachable(x: Tensor, q: Tensor, q_offset: int, block: int, stride: int) -> T
     """Compressed blocks (or, as blocks of one, tokens) that some query sees, contiguous.
 
     What lies behind them in a batch may be anything, and tiles of keys are copied whole: a NaN
-    there times a probability of 0 would be a NaN.
+    there times a probability of 0 would be a NaN. Branches may have different numbers of them.
     """
     if q.dim() == 4:
         visible = max(0, (q_offset + q.shape[1] - block) // stride + 1)
@@ -93,7 +94,8 @@ class QueryTiles:
             count = q.shape[0] * ceil_div(q.shape[1] if length is None else length, tokens)
             return cls(tokens, count, q.shape[0], q, False)
         num_seqs = cu_seqlens.shape[0] - 1
-        return cls(tokens, q.shape[0] // tokens + num_seqs, num_seqs, cu_seqlens, True)
+        count = q.shape[0] // tokens + num_seqs
+        return cls(tokens, count, num_seqs, cu_seqlens.contiguous(), True)
 
     def places(self) -> dict:
         """Kernel arguments that locate a tile. Without packing the pointer is never read."""

@@ -8,7 +8,15 @@ from torch import Tensor
 from nsa.kernels.token_attention import token_attention_fwd_kernel
 from nsa.ops.launch import hopper_forward as hopper
 from nsa.ops.launch.select_blocks import union_blocks
-from nsa.ops.launch.tiles import LOG2_E, QueryTiles, heads, key_tile, launch
+from nsa.ops.launch.tiles import (
+    EVERYTHING,
+    LOG2_E,
+    QueryTiles,
+    heads,
+    key_tile,
+    launch,
+    reachable,
+)
 from nsa.ops.launch.tuned import tile
 
 
@@ -44,21 +52,20 @@ def token_attention_fwd(
     """
     q = q.contiguous()
     # Of a branch that is not there, nothing is read or written: any tensor will do.
-    k_slc, v_slc = (x.contiguous() for x in (slc or win or ())[:2])
-    k_win, v_win = (x.contiguous() for x in win) if win else (k_slc, v_slc)
+    k_slc, v_slc = (reachable(x, q, q_offset, 1, 1) for x in (slc or win or ())[:2])
+    k_win, v_win = (reachable(x, q, q_offset, 1, 1) for x in win) if win else (k_slc, v_slc)
     indices = slc[2].contiguous() if slc and slc[2] is not None else None
     sizes = heads(q, k_slc, v_slc)
     out = _outputs(q, v_slc, gates is not None, save and slc is not None, save and win is not None)
     if q.numel() == 0:
         return out
     shape = tile("token_attention_fwd", sizes, q)
-    on_hopper = hopper.has_token_attention(
-        q, k_slc, v_slc, block_size if slc else None, softmax_scale
-    )
+    keys = {"k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win}
+    on_hopper = hopper.has_token_attention(q, keys, block_size if slc else None, softmax_scale)
     tokens = hopper.TOKEN_ROWS // sizes["G"] if on_hopper else shape.BM // sizes["GP"]
     tiles = QueryTiles.of(q, cu_seqlens, tokens)
     union = union_blocks(indices, q, tiles, turns=on_hopper)
-    keys = {"k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win}
+    window_size = min(window_size, EVERYTHING)
     common = {
         "gates_ptr": q if gates is None else gates.contiguous(),
         "o_cmp_ptr": q if o_cmp is None else o_cmp,

@@ -37,11 +37,13 @@ def tile(kernel: str, sizes: dict[str, int], like: Tensor) -> Tile:
         sizes: ``GP``, ``DKP`` and ``DVP`` as ``nsa.ops.launch.tiles.heads`` gives them.
         like: a tensor of the dtype and on the device that the kernel runs with.
     """
-    found = _measured(kernel, sizes, like) or _safe(sizes, like)
-    rows = max(found.BM, sizes["GP"])
-    if kernel in WITH_BITS:
-        rows = min(rows, MAX_TOKENS * sizes["GP"])
-    return found._replace(BM=rows)
+    return fitted(kernel, _measured(kernel, sizes, like) or _safe(sizes, like), sizes["GP"])
+
+
+def fitted(kernel: str, found: Tile, group: int) -> Tile:
+    """A tile with rows for all heads of a token, and for no more tokens than there are bits."""
+    rows = max(found.BM, group)
+    return found._replace(BM=min(rows, MAX_TOKENS * group) if kernel in WITH_BITS else rows)
 
 
 def capability(like: Tensor) -> int:
