@@ -2,7 +2,7 @@
 
 ``random`` draws everything independently: neighbouring queries choose different blocks, the worst
 case for a kernel that loads a block once for several queries. ``local`` lets queries drift slowly
-over time, as those of trained models do, so that neighbours choose mostly the same blocks.
+over time, so that neighbours choose mostly the same blocks. Trained models lie in between.
 ``trace:FILE`` is what a layer of a trained model got, see ``nsa.bench.traces``. Results carry the
 measured overlap.
 """
