@@ -4,10 +4,22 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from tests.kernels.resources import Layer, _steps, tiles_of
 from triton.runtime.errors import OutOfResources
 
 from nsa.bench import tune
-from nsa.bench.tune import TUNABLES, best_tile, difference, merged, using, write_table
+from nsa.bench.shapes import SHAPES
+from nsa.bench.split import KernelTime
+from nsa.bench.tune import (
+    ELSEWHERE,
+    ON_HOPPER,
+    TUNABLES,
+    best_tile,
+    difference,
+    merged,
+    using,
+    write_table,
+)
 from nsa.ops.launch import tuned
 from nsa.ops.launch.tuned import Tile
 
@@ -24,31 +36,37 @@ def table():
     tuned.table.cache_clear()
 
 
-def tile_in_use(kernel):
-    entries = tuned.table("sm70").get(kernel)
-    return Tile(*entries[0]["tile"]) if entries else Tile(0, 0, 0, 0)
+USED = Tile(16, 16, 1, 1)
 
 
-def try_tiles(monkeypatch, results, kernel="dq"):
-    """``results``: milliseconds of each tile, or what running it raises or returns."""
-    tiles = [tuple(tile) for tile in TUNABLES[kernel].tiles]
-    outcomes = dict(zip(tiles, results, strict=True))
+def try_tiles(monkeypatch, results, kernel="dq", used=9.0, like=LIKE):
+    """``results``: milliseconds of each tile, or what running it raises or returns.
+
+    ``used``: milliseconds of the tile in use.
+    """
+    tunable = TUNABLES[kernel]
+    outcomes = {USED: used, **dict(zip(map(Tile._make, tunable.tiles), results, strict=True))}
+    tuned.table("sm70")[kernel] = [{**like, "group": 0, "tile": list(USED)}]
+    if kernel == "block_scores":
+        tuned.table("sm70")[kernel][0]["value_dim"] = 0
+    monkeypatch.setattr(tuned, "capability", lambda _: 7)
+
+    def outcome():
+        return outcomes[Tile(*tuned.table("sm70")[kernel][0]["tile"])]
 
     def step():
-        outcome = outcomes.get(tile_in_use(kernel), 0.0)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return (outcome if isinstance(outcome, torch.Tensor) else RIGHT,)
+        if isinstance(outcome(), Exception):
+            raise outcome()
+        return (outcome() if isinstance(outcome(), torch.Tensor) else RIGHT,)
 
-    def timer(_call, function, _device):
-        assert function == TUNABLES[kernel].function
-        return outcomes[tile_in_use(kernel)]
+    def profile(_call, _device):
+        return [] if outcome() is None else [KernelTime(tunable.function, 1, outcome())]
 
-    monkeypatch.setattr(tune, "kernel_ms", timer)
+    monkeypatch.setattr(tune, "kernel_times", profile)
     monkeypatch.setattr(tune, "device_name", lambda _: "a GPU")
     console = Console(file=io.StringIO(), width=200)
-    steps = {TUNABLES[kernel].step: step}
-    return best_tile(kernel, steps, LIKE, "sm70", CPU, console), console.file.getvalue()
+    best = best_tile(kernel, {tunable.step: step}, like, "sm70", CPU, console)
+    return best, console.file.getvalue()
 
 
 def test_the_fastest_right_tile_wins(monkeypatch, table):
@@ -57,19 +75,103 @@ def test_the_fastest_right_tile_wins(monkeypatch, table):
     assert best["tile"] == list(TUNABLES["dq"].tiles[3])
     assert (best["ms"], best["gpu"]) == (2.0, "a GPU")
     assert {name: best[name] for name in LIKE} == LIKE
+    assert "[16, 16, 1, 1] (in use): 9.00 ms" in printed
     assert "out of resource: shared memory" in printed
     assert "output 0 is off by 1.0e+00" in printed
-    assert "dq" not in table
+    assert table["dq"] == [{**LIKE, "group": 0, "tile": list(USED)}]
+
+
+@pytest.mark.parametrize(
+    ("used", "kept"), [pytest.param(2.03, True, id="tie"), pytest.param(2.05, False, id="gain")]
+)
+def test_a_tie_keeps_the_tile_in_use(monkeypatch, table, used, kept):
+    best, _ = try_tiles(monkeypatch, [3.0, 4.0, 2.0, 2.5, 5.0], used=used)
+    tile, milliseconds = (list(USED), used) if kept else (list(TUNABLES["dq"].tiles[2]), 2.0)
+    assert (best["tile"], best["ms"]) == (tile, milliseconds)
 
 
 def test_without_a_tile_that_runs_there_is_no_entry(monkeypatch, table):
-    best, _ = try_tiles(monkeypatch, [RuntimeError("no")] * 5)
+    best, _ = try_tiles(monkeypatch, [RuntimeError("no")] * 5, used=RIGHT)
     assert best is None
+
+
+def test_a_tile_that_the_profiler_misses_does_not_win(monkeypatch, table):
+    best, printed = try_tiles(monkeypatch, [3.0, None, 4.0, 4.0, 5.0])
+    assert best["ms"] == 3.0
+    assert "not seen by the profiler" in printed
 
 
 def test_scores_have_no_values(monkeypatch, table):
     best, _ = try_tiles(monkeypatch, [1.0, 2.0, 3.0, 4.0, 5.0], kernel="block_scores")
     assert best["value_dim"] == 0
+
+
+def test_tiles_that_the_launches_make_one_are_tried_once(monkeypatch, table):
+    # A token has one row, and 64 bits stand for as many tokens at most: 128 rows become 64.
+    best, printed = try_tiles(monkeypatch, [3.0, 2.0, 4.0, 4.0, 1.0], like={**LIKE, "group": 1})
+    assert best["tile"] == [64, 64, 8, 2]
+    assert len(printed.splitlines()) == 5
+    assert "128, 64, 8, 2" not in printed
+
+
+@pytest.mark.parametrize(
+    ("started", "reason"),
+    [
+        pytest.param(["hopper_dq_kernel"], ": hopper_dq_kernel takes them", id="hopper"),
+        pytest.param(["all_blocks_kernel"], "", id="short"),
+    ],
+)
+def test_a_kernel_that_is_not_started_is_skipped(monkeypatch, tmp_path, table, started, reason):
+    calls = []
+
+    def profile(call, _device):
+        calls.append(call)
+        return [KernelTime(name, 1, 1.0) for name in started]
+
+    def nothing():
+        raise AssertionError("ran a step")
+
+    steps = dict.fromkeys(("compressed", "select", "tokens", "backward"), nothing)
+    monkeypatch.setattr(tune, "kernel_times", profile)
+    monkeypatch.setattr(tune, "problem", lambda *_: (steps, LIKE))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+    console = Console(file=io.StringIO(), width=200)
+    output = tmp_path / "table.json"
+    written = tune.tune(
+        ["tiny"], ["dq"], seq_len=64, device=torch.device("cuda"), console=console, output=output
+    )
+    assert written is None
+    assert not output.exists()
+    assert calls == [nothing]
+    printed = console.file.getvalue().rstrip("\n")
+    assert printed == f"dq {LIKE}: not started on these sizes{reason}"
+
+
+def started_on(shape, capability):
+    """Kernels that training a layer of a shape starts, as the launches themselves choose."""
+    heads, dims = (shape.num_heads, shape.num_kv_heads), (shape.key_dim, shape.value_dim)
+    layer = Layer(heads=heads, dims=dims, seq_len=32768, config=shape.config)
+    with tiles_of(capability):
+        steps = _steps(layer)
+    return {item.kernel.__name__ for name in ("forward", "backward") for item in steps[name]}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "capability"),
+    [pytest.param(ON_HOPPER, 90, id="hopper"), pytest.param(ELSEWHERE, 80, id="elsewhere")],
+)
+def test_default_shapes_start_every_kernel_of_the_table(shapes, capability):
+    functions = {tunable.function for tunable in TUNABLES.values()}
+    started = [started_on(SHAPES[name], capability) & functions for name in shapes]
+    assert all(started)
+    assert set().union(*started) == functions
+
+
+def test_a_kernel_of_hopper_is_named_as_it_is_started():
+    started = started_on(SHAPES["paper-d128"], 90)
+    for tunable in TUNABLES.values():
+        assert tunable.function not in started
+        assert tunable.hopper in started
 
 
 @pytest.mark.parametrize(
@@ -175,3 +277,16 @@ def test_tuning_a_small_layer_writes_its_entries(tmp_path):
     written = json.loads(path.read_text())
     for kernel in ("compressed_attention_fwd", "block_scores"):
         assert any(entry["key_dim"] == 32 and "ms" in entry for entry in written[kernel])
+
+
+@pytest.mark.gpu
+def test_a_layer_of_hoppers_own_kernels_is_skipped(tmp_path):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("other GPUs start the kernels of the table")
+    path = tmp_path / "table.json"
+    console = Console(file=io.StringIO(), width=200)
+    device = torch.device("cuda")
+    written = tune.tune(["100m"], [], seq_len=4096, device=device, console=console, output=path)
+    assert written is None
+    assert not path.exists()
+    assert console.file.getvalue().count("not started on these sizes: hopper_") == len(TUNABLES)

@@ -100,5 +100,22 @@ SHAPES = {
             )
             for size in (1, 2, 4, 8)
         ),
+        # A group that tiles pad, and the paper's widths in groups of four.
+        Shape(
+            name="group-12",
+            num_heads=24,
+            num_kv_heads=2,
+            key_dim=128,
+            value_dim=128,
+            seq_lens=(65536,),
+        ),
+        Shape(
+            name="group-4-d192",
+            num_heads=32,
+            num_kv_heads=8,
+            key_dim=192,
+            value_dim=128,
+            seq_lens=(65536,),
+        ),
     )
 }

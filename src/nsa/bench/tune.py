@@ -1,7 +1,11 @@
 """Measures tiles of our kernels and writes the best into the launch table (``nsa bench tune``).
 
-Each kernel is tried with a short list of tiles on the data of one layer. A tile whose result is not
-that of the tile in use is not a candidate. Nothing here runs on a user's machine.
+Each kernel is tried with the tile in use and a short list of others on the data of one layer. One
+whose result is not that of the tile in use is not a candidate. Nothing here runs on a user's
+machine.
+
+Hopper's own kernels have no tiles to try. On sizes that they take, those of the table are not
+started, and nothing is measured.
 """
 
 from __future__ import annotations
@@ -22,8 +26,7 @@ from nsa.bench.correctness import BOUNDS, output_gradient
 from nsa.bench.environment import device_name
 from nsa.bench.results import significant
 from nsa.bench.shapes import SHAPES, Shape
-from nsa.bench.split import kernel_times
-from nsa.bench.timing import Call
+from nsa.bench.split import KernelTime, kernel_times
 from nsa.bench.workloads import add_selection, make_tensors
 from nsa.ops import launch
 from nsa.ops.launch import tuned
@@ -37,15 +40,23 @@ Entry = dict[str, Any]
 
 # Share of entries of integer results that must agree: near-ties of scores flip with rounding.
 AGREEMENT = 0.98
+# A tile that is faster than the one in use by less is not taken: the next run may say otherwise.
+TIE = 0.02
+
+# Shapes that are tuned unless others are asked for. Hopper's own kernels take groups of 8, 16, 32
+# and 64 heads, and compressed attention in groups of any power of two.
+ON_HOPPER = ("group-1", "group-2", "group-4", "group-12", "laptop", "group-4-d192")
+ELSEWHERE = ("paper-d128", "paper", "100m", "group-1", "group-2", "group-4", "group-8")
 
 
 class Tunable(NamedTuple):
-    """A kernel of the table: its function, the step that starts it, and the tiles that are tried.
+    """A kernel of the table: its function, that of Hopper's own kernel, the step that starts them.
 
-    Rows and keys of a step, warps, stages.
+    And the tiles that are tried: rows and keys of a step, warps, stages.
     """
 
     function: str
+    hopper: str
     step: str
     tiles: tuple[tuple[int, int, int, int], ...]
 
@@ -53,31 +64,37 @@ class Tunable(NamedTuple):
 TUNABLES = {
     "compressed_attention_fwd": Tunable(
         "compressed_attention_fwd_kernel",
+        "hopper_attention_fwd_kernel",
         "compressed",
         ((128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
     ),
     "block_scores": Tunable(
         "block_scores_kernel",
+        "hopper_scores_kernel",
         "select",
         ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
     ),
     "token_attention_fwd": Tunable(
         "token_attention_fwd_kernel",
+        "hopper_token_attention_fwd_kernel",
         "tokens",
         ((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 3)),
     ),
     "dq": Tunable(
         "dq_kernel",
+        "hopper_dq_kernel",
         "backward",
         ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 3), (128, 64, 8, 2)),
     ),
     "range_dkv": Tunable(
         "range_dkv_kernel",
+        "hopper_range_dkv_kernel",
         "backward",
         ((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 8, 2), (64, 128, 8, 2)),
     ),
     "selected_dkv": Tunable(
         "selected_dkv_kernel",
+        "hopper_selected_dkv_kernel",
         "backward",
         ((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 3), (64, 64, 8, 2)),
     ),
@@ -92,11 +109,11 @@ def tune(
     device: torch.device,
     console: Console,
     output: Path | None = None,
-) -> Path:
-    """Tries the tiles of each kernel on each shape and writes the launch table after each shape.
+) -> Path | None:
+    """Tries the tiles of each kernel on each shape and writes the launch table after each kernel.
 
     Args:
-        shapes: names in ``SHAPES``.
+        shapes: names in ``SHAPES``; ``ON_HOPPER`` or ``ELSEWHERE`` if empty.
         kernels: names in ``TUNABLES``, all if empty.
         seq_len: tokens of the data.
         device: a GPU.
@@ -104,7 +121,7 @@ def tune(
         output: the table; the package's own for this architecture if None.
 
     Returns:
-        The file written.
+        The file written, or None if no kernel was measured.
 
     Raises:
         ValueError: a name is unknown, or the device is no GPU.
@@ -117,17 +134,19 @@ def tune(
         raise ValueError(f"device: expected a GPU, got {device}. Tiles are measured, not guessed.")
     arch = f"sm{torch.cuda.get_device_capability(device)[0]}0"
     path = output or Path(nsa.kernels.__path__[0]) / "tuned" / f"{arch}.json"
+    written = None
     try:
-        for shape in shapes:
+        for shape in shapes or (ON_HOPPER if arch == "sm90" else ELSEWHERE):
             steps, like = problem(SHAPES[shape], seq_len, device)
             for kernel in kernels or TUNABLES:
                 best = best_tile(kernel, steps, like, arch, device, console)
                 if best is not None:
                     tuned.table(arch)[kernel] = merged(tuned.table(arch).get(kernel, []), best)
-            write_table(path, tuned.table(arch))
+                    write_table(path, tuned.table(arch))
+                    written = path
     finally:
         tuned.table.cache_clear()  # From here on the launches read what is on disk.
-    return path
+    return written
 
 
 def problem(shape: Shape, seq_len: int, device: torch.device) -> tuple[dict[str, Step], Entry]:
@@ -196,35 +215,67 @@ def best_tile(
     device: torch.device,
     console: Console,
 ) -> Entry | None:
-    """The fastest right tile as an entry of the table, or None if none runs."""
+    """The fastest right tile as an entry of the table.
+
+    None if none runs, or if the step does not start the kernel on these sizes.
+    """
     tunable = TUNABLES[kernel]
     step = steps[tunable.step]
     like = {**like, "value_dim": 0} if kernel == "block_scores" else like
-    expected = step()
-    timed: list[tuple[float, Tile]] = []
-    for candidate in map(Tile._make, tunable.tiles):
+    times = kernel_times(step, device)
+    if kernel_ms(times, tunable.function) is None:
+        other = kernel_ms(times, tunable.hopper) is not None
+        reason = f": {tunable.hopper} takes them" if other else ""
+        console.print(f"{kernel} {like}: not started on these sizes{reason}", highlight=False)
+        return None
+    expected, current = step(), tile_in_use(kernel, like, device)
+    others = (tuned.fitted(kernel, Tile(*tile), like["group"]) for tile in tunable.tiles)
+    timed: dict[Tile, float] = {}
+    for candidate in dict.fromkeys((current, *others)):
         with using(arch, kernel, {**like, "tile": list(candidate)}):
-            try:
-                problem = difference(step(), expected)
-            except (triton.TritonError, RuntimeError) as error:
-                problem = str(error).splitlines()[0]
-            if problem is None:
-                milliseconds = kernel_ms(step, tunable.function, device)
-                timed.append((milliseconds, candidate))
-                problem = f"{significant(milliseconds)} ms"
-        console.print(f"{kernel} {like} {list(candidate)}: {problem}", highlight=False)
+            result = measure(step, expected, tunable.function, device)
+        if isinstance(result, float):
+            timed[candidate] = result
+            result = f"{significant(result)} ms"
+        mark = " (in use)" if candidate == current else ""
+        console.print(f"{kernel} {like} {list(candidate)}{mark}: {result}", highlight=False)
     if not timed:
         return None
-    milliseconds, tile = min(timed)
-    measured = {"ms": round(milliseconds, 4), "gpu": device_name(device)}
+    tile = fastest(timed, current)
+    measured = {"ms": round(timed[tile], 4), "gpu": device_name(device)}
     return {**like, "tile": list(tile), **measured, "triton": triton.__version__}
 
 
-def kernel_ms(call: Call, function: str, device: torch.device) -> float:
-    """Device time of one kernel in a call, in milliseconds."""
-    found = [item.ms for item in kernel_times(call, device) if item.kernel.startswith(function)]
-    assert found, f"{function} was not started"
-    return sum(found)
+def measure(
+    step: Step, expected: tuple[Tensor, ...], function: str, device: torch.device
+) -> float | str:
+    """Milliseconds of a kernel with the tile that is set, or what is wrong with it."""
+    try:
+        problem = difference(step(), expected)
+    except (triton.TritonError, RuntimeError) as error:
+        problem = str(error).splitlines()[0]
+    if problem is not None:
+        return problem
+    milliseconds = kernel_ms(kernel_times(step, device), function)
+    return "not seen by the profiler" if milliseconds is None else milliseconds
+
+
+def tile_in_use(kernel: str, like: Entry, device: torch.device) -> Tile:
+    """What the launches take now for the sizes of an entry."""
+    sizes = {"DKP": like["key_dim"], "DVP": like["value_dim"], "GP": like["group"]}
+    return tuned.tile(kernel, sizes, torch.empty(0, dtype=torch.bfloat16, device=device))
+
+
+def fastest(timed: dict[Tile, float], current: Tile) -> Tile:
+    """The tile of the fewest milliseconds; the current one where it takes no more than 2% more."""
+    best = min(timed, key=lambda tile: timed[tile])
+    return current if timed.get(current, float("inf")) <= timed[best] * (1 + TIE) else best
+
+
+def kernel_ms(times: list[KernelTime], function: str) -> float | None:
+    """Device time of one kernel in a call, in milliseconds, or None if the call starts none."""
+    found = [item.ms for item in times if item.kernel.startswith(function)]
+    return sum(found) if found else None
 
 
 def difference(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str | None:
