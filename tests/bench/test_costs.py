@@ -64,6 +64,12 @@ def test_the_pipeline_is_the_sum_of_its_parts():
         assert whole == sum(num_flops(part, mode, TINY, 200) for part in parts + extra)
 
 
+def test_what_is_computed_again_is_not_counted():
+    for mode in ("forward", "backward"):
+        again = num_flops("recompute_pipeline", mode, TINY, 200)
+        assert again == num_flops("pipeline", mode, TINY, 200)
+
+
 def test_bytes_are_inputs_and_outputs_and_in_the_backward_their_gradients():
     tensors = make_tensors(TINY, 64, "random", torch.float32, CPU)
     q, k, v = (tensors[name].nbytes for name in OPERATIONS["window_attention"].reads)

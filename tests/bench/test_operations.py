@@ -1,9 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
 
 from nsa.bench.correctness import with_leaves
 from nsa.bench.operations import OPERATIONS, share
 from nsa.bench.shapes import SHAPES
+from nsa.bench.timing import kept_memory_bytes
 from nsa.bench.workloads import add_selection, make_tensors
 from nsa.ops import __all__ as public
 
@@ -45,6 +48,18 @@ def test_the_shared_pipeline_has_one_pair_of_keys_and_values_and_whole_blocks(te
     assert torch.equal(shared, whole)
 
 
+def test_recomputing_gives_the_same_and_keeps_no_branch_output(tensors):
+    found, kept = [], []
+    for name in ("pipeline", "recompute_pipeline"):
+        entry = OPERATIONS[name]
+        ready = with_leaves(tensors, entry.leaves)
+        (o,) = entry.run(ready, TINY.config, "reference")
+        found.append((o, *torch.autograd.grad(o.sum(), [ready[leaf] for leaf in entry.leaves])))
+        kept.append(kept_memory_bytes(partial(entry.run, ready, TINY.config, "reference")))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept[0] - kept[1] == 3 * found[0][0].nbytes
+
+
 def test_only_compression_varies_with_the_compressor():
     varying = {name for name, entry in OPERATIONS.items() if len(entry.compressors) > 1}
-    assert varying == {"compress_kv", "pipeline"}
+    assert varying == {"compress_kv", "pipeline", "recompute_pipeline"}

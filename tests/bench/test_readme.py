@@ -103,6 +103,26 @@ def test_the_table_has_the_latest_numbers_of_the_layer_and_its_dense_rival(root)
     ]
 
 
+def test_what_is_kept_has_a_table_where_a_row_says_it(root):
+    recomputing = {"operation": "recompute_pipeline", "mode": "backward", "workload": "local"}
+    rows = [row(**recomputing, kept_memory_bytes=1 << 28), row(shape="other", mode="backward")]
+    with (root / "results" / "ops.jsonl").open("a") as file:
+        file.writelines(json.dumps(r) + "\n" for r in rows)
+    first, second = operations_table(root).split("\n\nKept between forward and backward, ")
+    assert "Peak memory" in first
+    kept, other = second.split("\n\na machine, ")
+    assert kept.splitlines() == [
+        "inputs included, GiB:",
+        "",
+        "| tokens | dense (sdpa) | NSA mlp (reference, local) "
+        "| NSA mlp, recomputing (reference, local) | shared K/V, mean of 16 (fla, local) |",
+        "|---:|---:|---:|---:|---:|",
+        "| 2,048 | - | - | 0.250 | - |",
+        "| 4,096 | - | - | - | - |",
+    ]
+    assert "Peak memory" in other
+
+
 def test_rows_of_cuda_graphs_have_a_table_of_their_own(root):
     rows = [
         row(shape=shape, num_kv_heads=heads, graph=True, **changes)
@@ -142,6 +162,11 @@ def test_the_groups_table_has_a_line_for_each_group_size(root):
         "| 8 | 80.0 / - | 4.00 / - (20.0x / -) |",
     ]
     assert "group" not in operations_table(root)
+
+
+def test_a_commit_with_changes_is_not_called_that_commit(root):
+    (root / "results" / "ops.jsonl").write_text(json.dumps(row(dirty=True)) + "\n")
+    assert "commit 012345678 with changes)" in operations_table(root)
 
 
 def test_rows_of_an_installed_package_have_no_commit(root):

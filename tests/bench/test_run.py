@@ -19,11 +19,17 @@ def plan(**changes):
 
 def test_a_quick_plan_on_the_cpu_covers_every_operation_and_mode():
     cases = plan().cases()
-    assert {case.operation for case in cases} == set(OPERATIONS)
+    assert {case.operation for case in cases} == set(OPERATIONS) - {"recompute_pipeline"}
     assert {case.provider for case in cases} == {"reference", "sdpa"}
     assert {case.workload for case in cases} == {"random", "local"}
     assert {case.seq_len for case in cases} == {256}
     assert len(cases) == len(set(cases))
+
+
+def test_recomputing_is_measured_only_if_asked_for():
+    assert {case.operation for case in plan(operations=("recompute_pipeline",)).cases()} == {
+        "recompute_pipeline"
+    }
 
 
 def test_a_plan_narrows_to_what_is_asked_for():
@@ -84,6 +90,21 @@ def test_a_row_has_the_case_numbers_and_provenance():
         assert row["torch"] == torch.__version__
         assert row["quick"] is True
         json.dumps(row)
+        assert (row["kept_memory_bytes"] is None) == (row["mode"] == "forward")
+
+
+def test_rows_of_a_backward_say_what_is_kept_for_it():
+    asked = plan(
+        operations=("pipeline", "recompute_pipeline", "dense_attention"),
+        modes=("backward",),
+        workloads=("local",),
+        compressors=("mean",),
+    )
+    rows = {row["operation"]: row for row in measure(asked, asked.cases())}
+    shape, kept = asked.resolve_shape(), {name: rows[name]["kept_memory_bytes"] for name in rows}
+    o = 256 * shape.num_heads * shape.value_dim * 4
+    assert kept["pipeline"] - kept["recompute_pipeline"] == 3 * o
+    assert 2 * o < kept["dense_attention"] < kept["recompute_pipeline"]
 
 
 def test_both_compressors_are_measured_where_they_make_a_difference():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
-from tests import cases
+from tests import cases, comparison
 from tests.cases import Case
 from tests.kernels.interpret import CASES as EDGES
 
@@ -187,11 +187,11 @@ def check_long(case: Case, op=attend) -> None:
 
     given = {name: tensors[name] for name in cases.NSA_INPUTS}
     tested, truth = functools.partial(op, **where), reference_over(chosen, **where)
-    cases.compare(tested, truth, given, dtype=case.dtype, device="cuda")
+    comparison.compare(tested, truth, given, dtype=case.dtype, device="cuda")
     tested = functools.partial(ops.compressed_attention, **compression(PAPER), **where)
     truth = functools.partial(tested, backend="reference")
     given = {name: tensors[name] for name in ATTENDED}
-    cases.compare(tested, truth, given, dtype=case.dtype, device="cuda")
+    comparison.compare(tested, truth, given, dtype=case.dtype, device="cuda")
 
 
 def compression(config):
@@ -241,7 +241,7 @@ def check_last_rows(total: int, device: str) -> None:
     for branch, count in (("cmp", PAPER.num_compressed(total)), ("slc", total), ("win", total)):
         tensors |= {f"{side}_{branch}": draw(count, 2, 128) for side in "kv"}
     tensors["gates"] = draw(total, 32, 3)
-    found = cases.values_and_gradients(
+    found = comparison.values_and_gradients(
         lambda *values: ops.nsa_attention(*values, config=PAPER)[:, last], tensors, 0
     )
     assert not found["dq"][:, :-64].any()
@@ -251,7 +251,7 @@ def check_last_rows(total: int, device: str) -> None:
     where = {"q_offset": total - 64}
     truth = reference_over(chosen_blocks(*(tensors[name] for name in ATTENDED), **where), **where)
     exact = {name: x.double() for name, x in tensors.items()}
-    cases.check_close(found, truth, exact, dtype=dtype, seed=0)
+    comparison.check_close(found, truth, exact, dtype=dtype, seed=0)
 
 
 def paper_inputs(seq, dtype=torch.bfloat16, heads=(16, 1), dim=64):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nsa import ops
+from nsa.bench.timing import kept_memory_bytes
 from nsa.cache import LayerCache
 from nsa.config import NSAConfig
 from nsa.layers import NativeSparseAttention, default_frequencies, rotate, rotation
@@ -142,6 +143,34 @@ def test_prefill_into_a_cache_keeps_gradients():
         out = module(x, cos, sin, cache=cache, rotary=rotary)
         grads.append(torch.autograd.grad(out.square().sum(), list(module.parameters())))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_recomputing_gives_the_same_gradients_and_keeps_no_branch_output():
+    plain, again = attention(), attention(recompute=True)
+    x, cos, sin = tokens(2, 60)
+    prefill = {"cache": LayerCache(CONFIG), "rotary": rotary}
+    bounds = torch.tensor([0, 25, 60], dtype=torch.int32)
+    for rows, options in ((2, {}), (1, {"cu_seqlens": bounds}), (2, prefill)):
+        grads, kept = [], []
+        for module in (plain, again):
+
+            def forward(module=module, rows=rows, options=options):
+                if "cache" in options:
+                    options = {**options, "cache": LayerCache(CONFIG)}
+                return (module(x[:rows], cos, sin, **options),)
+
+            kept.append(kept_memory_bytes(forward))
+            loss = forward()[0].square().sum()
+            grads.append(torch.autograd.grad(loss, list(module.parameters())))
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+        output = rows * 60 * 4 * 6 * DTYPE.itemsize
+        assert kept[0] - kept[1] == 3 * output
+
+
+def test_recompute_is_a_flag():
+    x, cos, sin = tokens(1, 9)
+    with pytest.raises(ValueError, match="recompute: expected True or False, got 'no'"):
+        attention(recompute="no")(x, cos, sin)
 
 
 def test_no_silent_gradient_through_a_filled_cache():

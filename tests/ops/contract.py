@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from tests.cases import SMALL, Case, values_and_gradients
+from tests.cases import SMALL, Case
+from tests.comparison import values_and_gradients
 from torch import Tensor
 
 # Float32 tensors of small shapes; the layouts differ in strides, which fakes must predict.

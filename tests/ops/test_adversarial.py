@@ -5,7 +5,8 @@ Logits of 1e4 and half precision are also among the cases that every operation i
 
 import pytest
 import torch
-from tests.cases import HUGE, NSA_INPUTS, SMALL, Case, random_blocks, values_and_gradients
+from tests.cases import HUGE, NSA_INPUTS, SMALL, Case, random_blocks
+from tests.comparison import values_and_gradients
 
 from nsa.ops import compress_kv, nsa_attention, select_blocks, selected_attention, window_attention
 

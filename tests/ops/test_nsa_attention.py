@@ -11,8 +11,8 @@ from tests.cases import (
     SMALL,
     Case,
     check_nsa_attention,
-    values_and_gradients,
 )
+from tests.comparison import values_and_gradients
 from tests.ops import contract
 
 from nsa.ops import CompressorWeights, compress_kv, nsa_attention

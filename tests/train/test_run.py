@@ -25,6 +25,7 @@ from tests.train import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from nsa import ops
 from nsa.cli import app
 from nsa.models import NSAForCausalLM
 from nsa.train import checkpoint
@@ -300,6 +301,30 @@ def test_finished_run_can_be_resumed_and_extended(
     assert [step for step, _ in longer.losses] == [1, 2, 3, 4, 5, 6, 8]
 
 
+def test_recomputed_branches_draw_the_same_curve(
+    finished: TrainResult, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recomputed: list[bool] = []
+    attend = ops.nsa_attention
+
+    def spy(*args, **kwargs) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            recomputed.append(kwargs["recompute"])
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "nsa_attention", spy)
+    config = tiny.config(corpus, tmp_path / "run", recompute_branches=True)
+    with monkeypatch.context() as patch:
+        _after_step(4, lambda: signal.raise_signal(signal.SIGINT), patch)
+        train(config, console=QUIET)
+    assert recomputed == [True] * 8  # one layer, two rows a step
+    recomputed.clear()
+    resumed = train(tiny.config(corpus, tmp_path / "run"), resume=True, console=QUIET)
+    assert recomputed == [False] * 4
+    assert resumed.losses == finished.losses
+    assert resumed.validation_losses == finished.validation_losses
+
+
 def test_tied_embeddings_are_resumed_without_a_warning(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -475,8 +500,9 @@ def test_command_trains_and_stops_with_the_exit_code_of_ctrl_c(
         stopped = CliRunner().invoke(app, ["train", str(path), "--set", "training.max_steps=2"])
     assert stopped.exit_code == 130
     assert "Go on with the same command and --resume." in stopped.output
+    recomputing = ("--set", "training.recompute_branches=true")
     resumed = CliRunner().invoke(
-        app, ["train", str(path), "--set", "training.max_steps=2", "--resume"]
+        app, ["train", str(path), "--set", "training.max_steps=2", "--resume", *recomputing]
     )
     assert resumed.exit_code == 0, resumed.output
     assert "step 2/2  loss" in resumed.output

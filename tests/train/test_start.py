@@ -11,8 +11,10 @@ from rich.console import Console
 from tests.train import tiny
 from transformers import AutoModelForCausalLM
 
+from nsa.layers import NativeSparseAttention
 from nsa.train.config import TrainConfig, load_config
 from nsa.train.run import TrainResult, train
+from nsa.train.start import new_model
 
 QUIET = Console(quiet=True)
 
@@ -75,3 +77,40 @@ def test_an_initial_model_of_another_tokenizer(
     with pytest.raises(ValueError, match=rf"initial_model: .* Set tokenizer\.load={first}\."):
         train(TrainConfig.from_dict(values), console=QUIET)
     assert not (tmp_path / "next" / "tokens").exists()
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("begin", ["random", "initial", "resumed"])
+def test_recomputing_reaches_every_layer(
+    begin: str, recompute: bool, finished: TrainResult
+) -> None:
+    overrides = [f"training.recompute_branches={recompute}"]
+    if begin == "random":
+        overrides += ["model.num_hidden_layers=3"]
+    if begin == "initial":
+        overrides += [f"training.initial_model={finished.model_dir}"]
+    config = load_config(finished.output_dir / "config.yaml", overrides)
+    model = new_model(config, resuming=begin == "resumed")
+    found = [x.recompute for x in model.modules() if isinstance(x, NativeSparseAttention)]
+    assert found == [recompute] * (3 if begin == "random" else 1)
+
+
+def test_recomputing_changes_nothing_in_a_dense_twin(finished: TrainResult) -> None:
+    overrides = ["training.recompute_branches=true", "model.attention=dense"]
+    config = load_config(finished.output_dir / "config.yaml", overrides)
+    modules = list(new_model(config, resuming=False).modules())
+    assert not any(isinstance(x, NativeSparseAttention) or hasattr(x, "recompute") for x in modules)
+
+
+def test_a_run_made_before_a_setting_existed_goes_on(
+    finished: TrainResult, corpus: Path, tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(finished.output_dir, tmp_path / "old")
+    lines = (run_dir / "config.yaml").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if "recompute_branches" not in line]
+    assert len(kept) == len(lines) - 1
+    (run_dir / "config.yaml").write_text("".join(kept))
+    assert train(tiny.config(corpus, run_dir), resume=True, console=QUIET).step == 6
+    (run_dir / "config.yaml").write_text("".join(kept[:-1]))
+    with pytest.raises(ValueError, match=r"but training\.num_workers is not in it"):
+        train(tiny.config(corpus, run_dir), resume=True, console=QUIET)

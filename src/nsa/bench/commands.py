@@ -20,12 +20,16 @@ Device = Annotated[
 ]
 BenchShape = Annotated[
     str | None,
-    typer.Option(help="tiny, laptop, 100m, paper-d128, paper, million or group-1, -2, -4, -8."),
+    typer.Option(
+        help="tiny, laptop, 100m, paper-d128, paper, million, group-1, -2, -4, -8, -12, -4-d192."
+    ),
 ]
 
 
 def pick_device(name: str | None) -> torch.device:
     """``name`` as a device that is there; a GPU if there is one, else the CPU, if None.
+
+    A GPU that is asked for by number becomes the current one, where streams and kernels start.
 
     Raises:
         ValueError: PyTorch does not know the name, or does not see or cannot use the device.
@@ -39,6 +43,8 @@ def pick_device(name: str | None) -> torch.device:
     seen = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= seen:
         raise ValueError(f"--device: got {name!r}, but PyTorch sees {seen} CUDA devices here.")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     if device.type not in ("cpu", "cuda"):
         try:
             torch.zeros(1, device=device).item()
@@ -49,7 +55,7 @@ def pick_device(name: str | None) -> torch.device:
 
 @bench_app.command("ops")
 def bench_ops(  # noqa: PLR0913 - a parameter is an option here
-    operation: Annotated[list[str] | None, typer.Option(help="All by default.")] = None,
+    operation: Annotated[list[str] | None, typer.Option(help="All but recompute_pipeline.")] = None,
     provider: Annotated[list[str] | None, typer.Option(help="All that run here.")] = None,
     mode: Annotated[list[str] | None, typer.Option(help="forward, backward; both.")] = None,
     workload: Annotated[
@@ -149,7 +155,8 @@ def bench_trace(
 @bench_app.command("tune")
 def bench_tune(
     shape: Annotated[
-        list[str] | None, typer.Option(help="paper-d128 and paper by default; may be repeated.")
+        list[str] | None,
+        typer.Option(help="As of `ops`; by default those that start these kernels on this GPU."),
     ] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="All by default.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens.")] = 32768,
@@ -158,18 +165,24 @@ def bench_tune(
         Path | None, typer.Option(help="Table to write; the package's own by default.")
     ] = None,
 ) -> None:
-    """Try tiles of the GPU kernels and write the fastest right ones into the launch table."""
+    """Try tiles of the GPU kernels and write the fastest right ones into the launch table.
+
+    Hopper's own kernels have no tiles to try.
+    """
     from nsa.bench.tune import tune
 
     path = tune(
-        shape or ["paper-d128", "paper"],
+        shape or [],
         kernel or [],
         seq_len=seq_len,
         device=pick_device(device),
         console=Console(),
         output=output,
     )
-    typer.echo(f"Wrote {path}. Renew tests/kernels/resources.json with it.")
+    if path is None:
+        typer.echo("Wrote nothing: no kernel of the table was measured.")
+    else:
+        typer.echo(f"Wrote {path}. Renew tests/kernels/resources.json with it.")
 
 
 @bench_app.command("training")

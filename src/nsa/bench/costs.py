@@ -21,7 +21,7 @@ from nsa.config import NSAConfig
 def num_flops(
     operation: str, mode: str, shape: Shape, seq_len: int, compressor: str | None = "mlp"
 ) -> int:
-    """Floating point operations of one call.
+    """Floating point operations of one call; what is computed again to save memory is not counted.
 
     Args:
         operation: name in ``OPERATIONS``.
@@ -34,7 +34,7 @@ def num_flops(
         return 2 * visible_pairs("compressed", shape, seq_len) * shape.num_heads * shape.key_dim
     if operation == "compress_kv":
         return _compress_flops(mode, shape, seq_len, compressor)
-    if operation in ("nsa_attention", "pipeline", "shared_pipeline"):
+    if operation in ("nsa_attention", "pipeline", "recompute_pipeline", "shared_pipeline"):
         parts = ["compressed_attention", "selected_attention", "window_attention"]
         parts += ["select_blocks"] if mode == "forward" else []
         parts += ["compress_kv"] if operation != "nsa_attention" else []

@@ -2,14 +2,16 @@
 
 ``pipeline`` is everything between the projections of a layer: compression and ``nsa_attention``.
 Rotating the compressed keys is left out but for traces; it is one elementwise pass over a sixteenth
-of the keys. ``shared_pipeline`` is a smaller thing that other implementations offer too: one pair
-of keys and values for all branches, and blocks of ``block_size`` tokens compressed by their mean.
+of the keys. ``recompute_pipeline`` is the same, but its backward computes the branch outputs again.
+``shared_pipeline`` is a smaller thing that other implementations offer too: one pair of keys and
+values for all branches, and blocks of ``block_size`` tokens compressed by their mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,6 +49,7 @@ class Operation:
         selects: whether its output depends on a choice of blocks that it makes itself.
         compressors: kinds of compressor it is measured with; None where that makes no difference.
         view: what the inputs and the geometry become before it runs.
+        by_default: whether a plan that names no operations measures it.
         run: calls the package's operation with a backend; None for operations that only others
             provide.
     """
@@ -56,6 +59,7 @@ class Operation:
     selects: bool = False
     compressors: tuple[str | None, ...] = (None,)
     view: Callable[[Tensors, NSAConfig], tuple[Tensors, NSAConfig]] = lambda x, config: (x, config)
+    by_default: bool = True
     run: Run | None = None
 
     @property
@@ -91,17 +95,31 @@ def _window(x: Tensors, config: NSAConfig, backend: str) -> tuple[Tensor, ...]:
     return (window_attention(x["q"], x["k_win"], x["v_win"], window_size=size, backend=backend),)
 
 
-def _nsa(x: Tensors, config: NSAConfig, backend: str) -> tuple[Tensor, ...]:
+def _nsa(
+    x: Tensors, config: NSAConfig, backend: str, *, recompute: bool = False
+) -> tuple[Tensor, ...]:
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = (x[name] for name in NSA_READS)
     o = nsa_attention(
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, config=config, backend=backend
+        q,
+        k_cmp,
+        v_cmp,
+        k_slc,
+        v_slc,
+        k_win,
+        v_win,
+        gates,
+        config=config,
+        recompute=recompute,
+        backend=backend,
     )
     return (o,)
 
 
-def _pipeline(x: Tensors, config: NSAConfig, backend: str) -> tuple[Tensor, ...]:
+def _pipeline(
+    x: Tensors, config: NSAConfig, backend: str, *, recompute: bool = False
+) -> tuple[Tensor, ...]:
     k_cmp, v_cmp = run_compress(x, config, backend)
-    return _nsa({**x, "k_cmp": k_cmp, "v_cmp": v_cmp}, config, backend)
+    return _nsa({**x, "k_cmp": k_cmp, "v_cmp": v_cmp}, config, backend, recompute=recompute)
 
 
 def share(x: Tensors, config: NSAConfig) -> tuple[Tensors, NSAConfig]:
@@ -161,6 +179,14 @@ OPERATIONS = {
         selects=True,
         compressors=COMPRESSORS,
         run=_pipeline,
+    ),
+    "recompute_pipeline": Operation(
+        reads=PIPELINE_READS,
+        leaves=PIPELINE_READS,
+        selects=True,
+        compressors=COMPRESSORS,
+        by_default=False,  # Its forward is that of the pipeline.
+        run=partial(_pipeline, recompute=True),
     ),
     "shared_pipeline": Operation(
         reads=SHARED_READS,

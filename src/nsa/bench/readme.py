@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -75,7 +75,7 @@ def operations_table(root: Path) -> str:
     if not rows:
         return MISSING
     return "\n\n".join(
-        "\n\n".join((_caption(part), _times(part, *TOKENS), MEMORY, _memory(part, *TOKENS)))
+        "\n\n".join((_caption(part), _times(part, *TOKENS), *_memory(part)))
         for part in _by_setup(rows)
     )
 
@@ -209,8 +209,13 @@ def needle_table(root: Path) -> str:
 
 
 MISSING = "Nothing is measured yet: run `nsa bench ops`, then `nsa bench table`."
-MEMORY = "Peak memory of forward and backward on top of the inputs, GiB:"
-SHOWN = ("dense_attention", "pipeline", "shared_pipeline")  # In the order of a table's columns.
+# What a backward's row says of memory, and the line above its table.
+MEMORY = {
+    "peak_memory_bytes": "Peak memory of forward and backward on top of the inputs, GiB:",
+    "kept_memory_bytes": "Kept between forward and backward, inputs included, GiB:",
+}
+# In the order of a table's columns.
+SHOWN = ("dense_attention", "pipeline", "recompute_pipeline", "shared_pipeline")
 # Heading and value of a row of the table.
 TOKENS = ("tokens", lambda row: row["seq_len"])
 
@@ -247,7 +252,13 @@ def _caption(rows: list[Row], heads: bool = True) -> str:
 
 
 def _commits(rows: list[Row]) -> str:
-    return ", ".join(dict.fromkeys((row["commit"] or "unknown")[:9] for row in rows))
+    """What was measured; a commit whose files had been changed is not all of it."""
+
+    def name(row: Row) -> str:
+        changed = " with changes" if row.get("dirty") else ""
+        return (row["commit"] or "unknown")[:9] + changed
+
+    return ", ".join(dict.fromkeys(map(name, rows)))
 
 
 def _times(rows: list[Row], heading: str, key: Callable[[Row], int]) -> str:
@@ -263,12 +274,20 @@ def _times(rows: list[Row], heading: str, key: Callable[[Row], int]) -> str:
     return _grid(rows, heading, key, cell)
 
 
-def _memory(rows: list[Row], heading: str, key: Callable[[Row], int]) -> str:
-    def cell(modes: dict[str, Row]) -> str:
-        found = modes.get("backward", {}).get("peak_memory_bytes")
-        return "-" if found is None else significant(found / 2**30)
+def _memory(rows: list[Row]) -> Iterator[str]:
+    """The tables of memory, each below its line.
 
-    return _grid(rows, heading, key, cell)
+    What is kept has one where any row says it: those of earlier versions do not.
+    """
+    for field, line in MEMORY.items():
+
+        def cell(modes: dict[str, Row], field: str = field) -> str:
+            found = modes.get("backward", {}).get(field)
+            return "-" if found is None else significant(found / 2**30)
+
+        if field == "peak_memory_bytes" or any(row.get(field) is not None for row in rows):
+            yield line
+            yield _grid(rows, *TOKENS, cell)
 
 
 def _grid(
@@ -295,7 +314,8 @@ def _column(row: Row) -> str:
         return f"dense ({row['provider']})"
     if row["operation"] == "shared_pipeline":
         return f"shared K/V, mean of {row['geometry'][2]} ({row['provider']}, {row['workload']})"
-    return f"NSA {row['compressor']} ({row['provider']}, {row['workload']})"
+    recomputing = ", recomputing" if row["operation"] == "recompute_pipeline" else ""
+    return f"NSA {row['compressor']}{recomputing} ({row['provider']}, {row['workload']})"
 
 
 PARTS: dict[str, Callable[[Path], str]] = {

@@ -137,7 +137,7 @@ def terminal_table(rows: list[Row], width: int) -> Table:
 COLUMNS = ("operation", "mode", "provider", "queries", "tokens", "overlap", "p20 ms", "p50 ms")
 COLUMNS += ("p80 ms", "dense", "MiB", "GFLOP/s", "GB/s", "error")
 NARROW = ("operation", "mode", "provider", "queries", "tokens", "p50 ms")
-WIDE = 144
+WIDE = 152
 
 
 def _cells(row: Row) -> dict[str, str]:

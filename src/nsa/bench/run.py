@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -17,10 +17,10 @@ from nsa.bench.correctness import WrongResultError, check, output_gradient, with
 from nsa.bench.costs import num_bytes, num_flops
 from nsa.bench.environment import provenance
 from nsa.bench.operations import MODES, OPERATIONS
-from nsa.bench.providers import PROVIDERS
+from nsa.bench.providers import PROVIDERS, Outputs
 from nsa.bench.results import WIDE, Row, append, terminal_table
 from nsa.bench.shapes import SHAPES, Shape
-from nsa.bench.timing import Call, as_graph, peak_memory_bytes, time_call
+from nsa.bench.timing import Call, as_graph, kept_memory_bytes, peak_memory_bytes, time_call
 from nsa.bench.workloads import (
     COMPRESSORS,
     TRACE,
@@ -133,10 +133,13 @@ class Plan:
 
         Dense attention does not depend on the workload and is measured with the first one only. On
         CUDA the reference is measured only if it is asked for: at the lengths that matter there,
-        one call takes minutes.
+        one call takes minutes. Operations that are not measured by default must be asked for too.
         """
         lengths = self.resolve_shape().seq_lens
         workloads = self.workloads or WORKLOADS
+        operations = self.operations or tuple(
+            name for name, entry in OPERATIONS.items() if entry.by_default
+        )
         providers = self.providers or tuple(
             name
             for name, entry in PROVIDERS.items()
@@ -148,7 +151,7 @@ class Plan:
             for seq_len in self.seq_lens
             or (lengths[:1] if self.quick or self.one_length else lengths)
             for workload in workloads
-            for operation in self.operations or OPERATIONS
+            for operation in operations
             for compressor in OPERATIONS[operation].compressors
             if compressor is None or compressor in (self.compressors or COMPRESSORS)
             for provider in providers
@@ -193,10 +196,10 @@ def run_and_report(plan: Plan, output: Path, console: Console) -> bool:
 def measure(plan: Plan, cases: Iterable[Case]) -> Iterator[Row]:
     """Yields one row a case.
 
-    A row holds the case, p20, p50 and p80 in milliseconds, peak memory on top of the inputs, the
-    work and traffic models, the error of the check, the measured overlap of neighbouring queries'
-    blocks, and provenance. A case that is wrong, missing or out of memory yields the case and
-    ``problem`` instead of numbers.
+    A row holds the case, p20, p50 and p80 in milliseconds, peak memory on top of the inputs, what
+    is kept for a backward, the work and traffic models, the error of the check, the measured
+    overlap of neighbouring queries' blocks, and provenance. A case that is wrong, missing or out of
+    memory yields the case and ``problem`` instead of numbers.
     """
     origin = provenance(plan.device)
     shape, dtype = plan.resolve_shape(), plan.resolve_dtype()
@@ -269,6 +272,9 @@ def _measure(case: Case, shape: Shape, dtype: torch.dtype, plan: Plan) -> Row:
     tensors, shown, share = inputs(case, shape, dtype, device)
     # Before the outputs of a forward are kept for its backward to be timed.
     memory = peak_memory_bytes(whole_call(case, tensors, shape), device)
+    kept = None
+    if case.mode == "backward":
+        kept = kept_memory_bytes(_training(case, tensors, shape)[0])
     with torch.cuda.stream(torch.cuda.Stream(device)) if plan.graph else nullcontext():
         timed, outputs = timed_call(case, tensors, shape)
         timed = as_graph(timed) if plan.graph else timed
@@ -276,6 +282,7 @@ def _measure(case: Case, shape: Shape, dtype: torch.dtype, plan: Plan) -> Row:
     return {
         **times._asdict(),
         "peak_memory_bytes": memory,
+        "kept_memory_bytes": kept,
         "flops": num_flops(case.operation, case.mode, shown, case.seq_len, kind),
         "bytes": num_bytes(case.operation, case.mode, shown, tensors, outputs),
         "overlap": share,
@@ -285,24 +292,35 @@ def _measure(case: Case, shape: Shape, dtype: torch.dtype, plan: Plan) -> Row:
 
 def whole_call(case: Case, tensors: Tensors, shape: Shape) -> Call:
     """What is weighed: a forward; for the backward, one with its forward."""
-    entry, prepare = OPERATIONS[case.operation], PROVIDERS[case.provider].operations[case.operation]
     if case.mode == "forward":
-        return torch.no_grad()(prepare(tensors, shape.config))
-    ready = with_leaves(tensors, entry.leaves)
-    forward = prepare(ready, shape.config)
+        return _inference(case, tensors, shape)
+    forward, leaves = _training(case, tensors, shape)
     with torch.no_grad():
         grads = [output_gradient(x) for x in forward()]
-    return lambda: torch.autograd.grad(forward(), present(entry.leaves, ready), grads)
+    return lambda: torch.autograd.grad(forward(), leaves, grads)
 
 
-def timed_call(case: Case, tensors: Tensors, shape: Shape) -> tuple[Call, tuple[torch.Tensor, ...]]:
+def timed_call(case: Case, tensors: Tensors, shape: Shape) -> tuple[Call, Outputs]:
     """What is timed: a forward, or a backward whose forward is done; and the outputs."""
-    entry, prepare = OPERATIONS[case.operation], PROVIDERS[case.provider].operations[case.operation]
     if case.mode == "forward":
-        forward = torch.no_grad()(prepare(tensors, shape.config))
+        forward = _inference(case, tensors, shape)
         return forward, forward()
-    ready = with_leaves(tensors, entry.leaves)
-    outputs = prepare(ready, shape.config)()
+    forward, leaves = _training(case, tensors, shape)
+    outputs = forward()
     grads = [output_gradient(x) for x in outputs]
-    leaves = present(entry.leaves, ready)
     return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True), outputs
+
+
+def _inference(case: Case, tensors: Tensors, shape: Shape) -> Callable[[], Outputs]:
+    prepare = PROVIDERS[case.provider].operations[case.operation]
+    return torch.no_grad()(prepare(tensors, shape.config))
+
+
+def _training(
+    case: Case, tensors: Tensors, shape: Shape
+) -> tuple[Callable[[], Outputs], list[torch.Tensor]]:
+    """A forward that a backward can follow, and the tensors that get a gradient."""
+    prepare = PROVIDERS[case.provider].operations[case.operation]
+    leaves = OPERATIONS[case.operation].leaves
+    ready = with_leaves(tensors, leaves)
+    return prepare(ready, shape.config), present(leaves, ready)

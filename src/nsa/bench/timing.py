@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, UntypedStorage
+from torch.autograd.graph import saved_tensors_hooks
 
 Call = Callable[[], object]
 LEAST = 5  # The median of two is their mean, which one slow call moves.
@@ -93,6 +95,28 @@ def peak_memory_bytes(call: Call, device: torch.device) -> int | None:
     before = _resident(process, "VmRSS")
     call()
     return max(0, _resident(process, "VmHWM") - before)
+
+
+def kept_memory_bytes(forward: Callable[[], Iterable[Tensor]]) -> int:
+    """Memory that waits for the backward after ``forward``: what autograd saved, and the outputs.
+
+    Whole storages, each once however many tensors share it. Inputs that are saved count, since a
+    layer must keep them; what a function hides from autograd, as activation checkpointing does
+    with its arguments, does not.
+    """
+    storages: dict[int, UntypedStorage] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        # Of storages that live at the same time, none has the address of another.
+        storage = x.untyped_storage()
+        storages[storage._cdata] = storage
+        return x.detach()  # An output that its own graph held would never be freed.
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        outputs = tuple(forward())
+    for x in outputs:
+        keep(x)
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _resident(process: Path, field: str) -> int:

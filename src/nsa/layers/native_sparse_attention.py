@@ -55,6 +55,10 @@ class NativeSparseAttention(nn.Module):
             The rows of ``k_proj`` and ``v_proj`` are then those of cmp, slc and win, in this order.
         qk_norm_eps: epsilon of an RMSNorm on each head of queries and keys; no such norm if None.
         bias: of the four projections.
+        recompute: as of ``nsa.nsa_attention``: keep lists of blocks and log-sum-exps for the
+            backward, and compute the branch outputs again there. It saves three tensors of
+            ``num_heads * value_head_dim`` values a token and costs most of a forward. May be set
+            later, as the attribute.
 
     Raises:
         ValueError: a size does not fit; the message names it.
@@ -67,7 +71,7 @@ class NativeSparseAttention(nn.Module):
         torch.Size([1, 50, 64])
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - sizes and kinds of a layer
         self,
         hidden_size: int,
         num_heads: int,
@@ -80,11 +84,13 @@ class NativeSparseAttention(nn.Module):
         kv_per_branch: bool = True,
         qk_norm_eps: float | None = None,
         bias: bool = False,
+        recompute: bool = False,
     ):
         super().__init__()
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         check_heads(hidden_size, num_heads, num_kv_heads, head_dim, value_head_dim)
         self.config = config
+        self.recompute = recompute
         self.hidden_size, self.head_dim = hidden_size, head_dim
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.num_branches = 3 if kv_per_branch else 1
@@ -155,7 +161,9 @@ class NativeSparseAttention(nn.Module):
             )
         if cache is None or rotary is None:
             inputs = self.branch_inputs(hidden_states, cos, sin, cu_seqlens=cu_seqlens)
-            o = ops.nsa_attention(*inputs, config=self.config, cu_seqlens=cu_seqlens)
+            o = ops.nsa_attention(
+                *inputs, config=self.config, cu_seqlens=cu_seqlens, recompute=self.recompute
+            )
         elif max(cache.seq_lens, default=0) == 0:
             o = self._prefill(hidden_states, cos, sin, cache, counts)
         else:
@@ -227,7 +235,7 @@ class NativeSparseAttention(nn.Module):
         q, gates, tokens = self._project(hidden_states, cos, sin)
         inputs = self._with_compressed(q, gates, tokens, cos, sin, None)
         cache.append(tokens, lambda k, v, first: (inputs.k_cmp, inputs.v_cmp), counts)
-        return ops.nsa_attention(*inputs, config=self.config)
+        return ops.nsa_attention(*inputs, config=self.config, recompute=self.recompute)
 
     def _decode(
         self,

@@ -97,6 +97,9 @@ class LoopConfig:
         max_grad_norm: gradients are clipped to this norm.
         precision: ``"bf16"`` (autocast, float32 weights), ``"fp32"``, or ``"auto"``: bf16 on a GPU.
         gradient_checkpointing: recompute each layer in the backward pass, to save memory.
+        recompute_branches: keep of sparse attention only its inputs, the lists of blocks and the
+            log-sum-exps, and compute the branch outputs again in the backward pass, to save memory.
+            Dense attention keeps none, so its models train as without.
         compile: compile the model with ``torch.compile``, on one GPU into CUDA graphs. It takes a
             minute at the start, after which layers no longer wait for the host.
         fsdp: shard weights and optimizer over devices with FSDP2; otherwise several devices run
@@ -125,6 +128,7 @@ class LoopConfig:
     max_grad_norm: float = 1.0
     precision: str = "auto"
     gradient_checkpointing: bool = False
+    recompute_branches: bool = False
     compile: bool = False
     fsdp: bool = False
     seed: int = 0

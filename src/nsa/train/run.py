@@ -49,6 +49,7 @@ _MAY_CHANGE = frozenset(
         "training.max_steps",
         "training.micro_batch_rows",
         "training.gradient_checkpointing",
+        "training.recompute_branches",
         "training.compile",
         "training.log_every",
         "training.save_every",
@@ -210,8 +211,9 @@ def _run(
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"training: expected a step to fit into the memory of the device, but {error} Lower "
-            "training.micro_batch_rows, or set training.gradient_checkpointing; both may change "
-            "when the run is resumed."
+            "training.micro_batch_rows, or set training.recompute_branches, which saves some of "
+            "it, or training.gradient_checkpointing, which saves most; all three may change when "
+            "the run is resumed."
         ) from error
     finally:
         progress.close()

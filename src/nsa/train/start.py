@@ -11,6 +11,7 @@ import torch
 import yaml
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from nsa.layers import NativeSparseAttention
 from nsa.models import NSAForCausalLM, NSAModelConfig
 from nsa.models.configuration import OF_TRANSFORMERS
 from nsa.models.loading import load_tokenizer, load_weights
@@ -66,11 +67,12 @@ def saved_settings(run_dir: Path) -> dict[str, dict[str, Any]]:
     path = run_dir / "config.yaml"
     saved = read_record(path, yaml.safe_load)
     sections = {"data": DataConfig, "tokenizer": TokenizerConfig, "training": LoopConfig}
-    # YAML that is cut short is often still YAML.
+    # YAML that is cut short is often still YAML, without the end. What else is missing is a setting
+    # that a run of an earlier version did not have.
     for section, cls in sections.items():
-        absent = {field.name for field in fields(cls)} - set(saved.get(section) or ())
-        if absent:
-            raise _not_whole(path, f"{section}.{min(absent)} is not in it")
+        last = fields(cls)[-1].name
+        if last not in (saved.get(section) or ()):
+            raise _not_whole(path, f"{section}.{last} is not in it")
     return saved
 
 
@@ -106,6 +108,9 @@ def new_model(config: TrainConfig, *, resuming: bool) -> NSAForCausalLM:
         ValueError: they are damaged, or section ``model`` asks for other shapes.
     """
     model = NSAForCausalLM(NSAModelConfig(**config.model))
+    for module in model.modules():
+        if isinstance(module, NativeSparseAttention):
+            module.recompute = config.training.recompute_branches
     folder = config.training.initial_model
     if folder is None or resuming:
         return model
