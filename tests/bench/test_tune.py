@@ -290,3 +290,14 @@ def test_a_layer_of_hoppers_own_kernels_is_skipped(tmp_path):
     assert written is None
     assert not path.exists()
     assert console.file.getvalue().count("not started on these sizes: hopper_") == len(TUNABLES)
+
+
+def test_sizes_without_a_measured_tile_are_logged_once(caplog):
+    half = torch.empty(0, dtype=torch.float16)
+    caplog.set_level("INFO", logger=tuned.__name__)
+    for group in (3, 3, 5):
+        tuned.tile("dq", {"GP": group, "DKP": 1024, "DVP": 512}, half)
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == [
+        f"dq: no measured tile for widths 1024 and 512, groups of {group} and torch.float16"
+        for group in (3, 5)
+    ]

@@ -1,19 +1,23 @@
 """Tile sizes of each kernel: measured ones from ``kernels/tuned``, safe ones otherwise.
 
-``nsa bench tune`` writes the tables; nothing is tuned on a user's machine. A table lists, for each
-kernel, entries of ``{"key_dim", "value_dim", "group", "tile": [BM, BN, num_warps, num_stages]}``.
-Dims and group are padded to powers of two; a group of 0 stands for any that a tile has rows for.
+``nsa bench tune`` writes the tables; nothing is tuned on a user's machine, and sizes without a
+measured tile are logged once (level info). A table lists, for each kernel, entries of
+``{"key_dim", "value_dim", "group", "tile": [BM, BN, num_warps, num_stages]}``. Dims and group are
+padded to powers of two; a group of 0 stands for any that a tile has rows for.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 # Kernels that walk lists of blocks with one membership bit per token of the tile.
 WITH_BITS = ("token_attention_fwd", "dq")
@@ -37,7 +41,20 @@ def tile(kernel: str, sizes: dict[str, int], like: Tensor) -> Tile:
         sizes: ``GP``, ``DKP`` and ``DVP`` as ``nsa.ops.launch.tiles.heads`` gives them.
         like: a tensor of the dtype and on the device that the kernel runs with.
     """
-    return fitted(kernel, _measured(kernel, sizes, like) or _safe(sizes, like), sizes["GP"])
+    found = _measured(kernel, sizes, like)
+    if found is None:
+        _say_once(kernel, sizes["DKP"], sizes.get("DVP", 0), sizes["GP"], like.dtype)
+        found = _safe(sizes, like)
+    return fitted(kernel, found, sizes["GP"])
+
+
+@cache
+def _say_once(kernel: str, key_dim: int, value_dim: int, group: int, dtype: torch.dtype) -> None:
+    logger.info(
+        "%s: no measured tile for widths %d and %d, groups of %d and %s; taking a safe one. "
+        "nsa bench tune measures tiles of 16-bit kernels.",
+        *(kernel, key_dim, value_dim, group, dtype),
+    )
 
 
 def fitted(kernel: str, found: Tile, group: int) -> Tile:
