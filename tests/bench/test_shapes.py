@@ -1,5 +1,6 @@
 import pytest
 
+from nsa.bench.results import is_grouped
 from nsa.bench.shapes import SHAPES
 from nsa.config import NSAConfig
 
@@ -24,6 +25,14 @@ def test_groups_share_the_query_heads():
     for size in (1, 2, 4, 8):
         shape = SHAPES[f"group-{size}"]
         assert (shape.num_heads, shape.num_heads // shape.num_kv_heads) == (32, size)
+
+
+def test_all_points_of_the_curve_over_groups_are_one_layer():
+    """Of the README's table and picture, which take rows by the name of their shape."""
+    grouped = [shape for shape in SHAPES.values() if is_grouped({"shape": shape.name})]
+    assert len(grouped) == len({shape.num_kv_heads for shape in grouped})
+    alike = {(s.num_heads, s.key_dim, s.value_dim, s.seq_lens, s.config) for s in grouped}
+    assert len(alike) == 1
 
 
 def test_the_longest_shape_has_a_million_tokens():

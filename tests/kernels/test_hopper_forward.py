@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.kernels.resources import Launch, recording, said_by_ptxas, tiles_of
 
-from nsa.ops.launch import hopper_forward, hopper_key_gradients
+from nsa.ops.launch import hopper_forward
 from nsa.ops.launch.tiles import QueryTiles
 
 
@@ -162,12 +162,12 @@ def test_all_that_the_copy_engine_reads_is_aligned():
     q, do, k, v = make(16), make(16), make(1), make(1)
     keys = {"k_slc": k, "v_slc": v, "k_win": k, "v_win": v}
     with mock.patch.object(hopper_forward, "capability", return_value=9):
-        assert hopper_key_gradients.applies(q, do, k, v)
+        assert hopper_forward.takes(q, k, v, do)
         assert hopper_forward.has_token_attention(q, keys, 64, 0.1)
         for name in keys:
             other = {**keys, name: make(1, first=1)}
             assert not hopper_forward.has_token_attention(q, other, 64, 0.1)
         for i in range(4):
-            tensors = [q, do, k, v]
+            tensors = [q, k, v, do]
             tensors[i] = make(tensors[i].shape[-2], first=1)
-            assert not hopper_key_gradients.applies(*tensors)
+            assert not hopper_forward.takes(*tensors)

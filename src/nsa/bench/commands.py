@@ -21,7 +21,8 @@ Device = Annotated[
 BenchShape = Annotated[
     str | None,
     typer.Option(
-        help="tiny, laptop, 100m, paper-d128, paper, million, group-1, -2, -4, -8, -12, -4-d192."
+        help="tiny, laptop, 100m, paper-d128, paper, million, group-1, -2, -4, -8, padded-group, "
+        "wide-group-4."
     ),
 ]
 

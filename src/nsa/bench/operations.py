@@ -98,21 +98,8 @@ def _window(x: Tensors, config: NSAConfig, backend: str) -> tuple[Tensor, ...]:
 def _nsa(
     x: Tensors, config: NSAConfig, backend: str, *, recompute: bool = False
 ) -> tuple[Tensor, ...]:
-    q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = (x[name] for name in NSA_READS)
-    o = nsa_attention(
-        q,
-        k_cmp,
-        v_cmp,
-        k_slc,
-        v_slc,
-        k_win,
-        v_win,
-        gates,
-        config=config,
-        recompute=recompute,
-        backend=backend,
-    )
-    return (o,)
+    tensors = [x[name] for name in NSA_READS]
+    return (nsa_attention(*tensors, config=config, recompute=recompute, backend=backend),)
 
 
 def _pipeline(

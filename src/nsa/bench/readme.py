@@ -10,6 +10,7 @@ import ast
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -280,14 +281,14 @@ def _memory(rows: list[Row]) -> Iterator[str]:
     What is kept has one where any row says it: those of earlier versions do not.
     """
     for field, line in MEMORY.items():
-
-        def cell(modes: dict[str, Row], field: str = field) -> str:
-            found = modes.get("backward", {}).get(field)
-            return "-" if found is None else significant(found / 2**30)
-
         if field == "peak_memory_bytes" or any(row.get(field) is not None for row in rows):
             yield line
-            yield _grid(rows, *TOKENS, cell)
+            yield _grid(rows, *TOKENS, partial(_gibibytes, field))
+
+
+def _gibibytes(field: str, modes: dict[str, Row]) -> str:
+    found = modes.get("backward", {}).get(field)
+    return "-" if found is None else significant(found / 2**30)
 
 
 def _grid(

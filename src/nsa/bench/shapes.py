@@ -100,9 +100,10 @@ SHAPES = {
             )
             for size in (1, 2, 4, 8)
         ),
-        # A group that tiles pad, and the paper's widths in groups of four.
+        # Twelve heads a group, which tiles pad, and the paper's widths in groups of four. They are
+        # no points of the curve over groups, whose shapes are those named "group-".
         Shape(
-            name="group-12",
+            name="padded-group",
             num_heads=24,
             num_kv_heads=2,
             key_dim=128,
@@ -110,7 +111,7 @@ SHAPES = {
             seq_lens=(65536,),
         ),
         Shape(
-            name="group-4-d192",
+            name="wide-group-4",
             num_heads=32,
             num_kv_heads=8,
             key_dim=192,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nsa.ops.launch.tiles import LOG2_E
+from nsa.ops.launch.tiles import LOG2_E, reachable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,3 +53,15 @@ class Geometry:
             "scale_log2": self.softmax_scale * LOG2_E,
             "scale": self.softmax_scale,
         }
+
+    def spans(self, compressed: bool) -> tuple[int, int]:
+        """Tokens of a key and between keys: those of compressed blocks, or single tokens."""
+        return (self.compress_block_size, self.compress_stride) if compressed else (1, 1)
+
+    def visible(self, branch: Branch, q: Tensor, compressed: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values of a branch that some query sees: see ``reachable``."""
+        spans = self.spans(compressed)
+        return (
+            reachable(branch.k, q, self.q_offset, *spans),
+            reachable(branch.v, q, self.q_offset, *spans),
+        )

@@ -20,7 +20,6 @@ from nsa.ops.launch.tiles import (
     key_tile,
     launch,
     next_power_of_2,
-    reachable,
 )
 from nsa.ops.launch.tuned import tile
 
@@ -107,16 +106,14 @@ def _dq(
     sizes = heads(q, any_branch.k, any_branch.v)
     shape = tile("dq", sizes, q)
     tiles = QueryTiles.of(q, geometry.cu_seqlens, shape.BM // sizes["GP"])
-    slc, cmp = branches.get("slc"), branches.get("cmp")
+    slc = branches.get("slc")
     union = union_blocks(None if slc is None else slc.block_indices, q, tiles)
     tensors = {}
     for name in NAMES:
-        branch = branches.get(name)
-        for field in ("k", "v"):
-            x = q if branch is None else getattr(branch, field)
-            if branch is not None and name != "cmp":
-                x = reachable(x, q, geometry.q_offset, 1, 1)
-            tensors[f"{field}_{name}_ptr"] = x
+        keys = (q, q)
+        if name in branches:
+            keys = geometry.visible(branches[name], q, compressed=name == "cmp")
+        tensors[f"k_{name}_ptr"], tensors[f"v_{name}_ptr"] = keys
     if q.numel():
         launch(
             dq_kernel,
@@ -133,7 +130,7 @@ def _dq(
             num_rows=values.shape[-1],
             T_q=q.shape[-3],
             T_k=geometry.q_offset + q.shape[-3],
-            T_c=0 if cmp is None else cmp.k.shape[-3],
+            T_c=tensors["k_cmp_ptr"].shape[-3] if "cmp" in branches else 0,
             **geometry.scalars(),
             **sizes,
             BLOCK=geometry.compress_block_size,
@@ -142,7 +139,7 @@ def _dq(
             WINDOW=geometry.window_size,
             U=union[0].shape[-1],
             BS=key_tile(shape.BN, geometry.block_size),
-            CMP=cmp is not None,
+            CMP="cmp" in branches,
             SLC=slc is not None,
             ALL=slc is not None and slc.block_indices is None,
             WIN="win" in branches,

@@ -22,7 +22,7 @@ from nsa.ops.launch.tiles import (
 )
 from nsa.ops.launch.tuned import capability
 
-KEY_DIMS, VALUE_DIMS = (64, 128, 192), (64, 128)
+KEY_DIMS, VALUE_DIMS, GROUPS = (64, 128, 192), (64, 128), (8, 16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float16)
 # Registers a thread with which the three warp groups start: 384 threads share 64 Ki.
 START = {"num_warps": 4, "maxnreg": 168}
@@ -67,14 +67,19 @@ def has_token_attention(
     q: Tensor, keys: dict[str, Tensor], block_size: int | None, softmax_scale: float
 ) -> bool:
     """Whether ``token_attention_fwd`` applies; without selected blocks they have no size."""
-    v = keys["v_slc"]
+    return block_size in (None, TOKEN_KEYS) and softmax_scale > 0 and takes(q, *keys.values())
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> bool:
+    """Hopper, 16-bit, head dims of whole pieces, groups whose rows fill the swizzle's pattern.
+
+    All tensors, ``others`` as well, are such that the copy engine can read them.
+    """
     return (
-        q.shape[-2] // v.shape[-2] in (8, 16, 32, 64)
+        q.shape[-2] // k.shape[-2] in GROUPS
         and q.shape[-1] in KEY_DIMS
         and v.shape[-1] in VALUE_DIMS
-        and block_size in (None, TOKEN_KEYS)
-        and softmax_scale > 0
-        and can_copy(q, *keys.values())
+        and can_copy(q, k, v, *others)
     )
 
 

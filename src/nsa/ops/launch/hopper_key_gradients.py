@@ -6,21 +6,11 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.kernels.hopper_key_gradients import COMPRESSED, SELECTED, WINDOW
-from nsa.ops.launch.hopper_forward import KEY_DIMS, START, VALUE_DIMS, can_copy, descriptor
+from nsa.ops.launch.hopper_forward import START, descriptor
 
 KEYS = 128  # Of a tile: 64 for each of two warpgroups. Selected blocks have 64.
 BM = 32  # Query rows of a step; 64 do not fit the registers.
 MAX_STAGES = 8
-
-
-def applies(q: Tensor, do: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Hopper, 16-bit, head dims of whole pieces, groups whose rows fill the swizzle's pattern."""
-    return (
-        q.shape[-1] in KEY_DIMS
-        and v.shape[-1] in VALUE_DIMS
-        and q.shape[-2] // k.shape[-2] in (8, 16, 32, 64)
-        and can_copy(q, do, k, v)
-    )
 
 
 def stages(sizes: dict[str, int], key_tiles: int) -> int:

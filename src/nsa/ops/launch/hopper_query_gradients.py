@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from nsa.kernels.hopper_query_gradients import hopper_dq_kernel
-from nsa.ops.launch import hopper_key_gradients
 from nsa.ops.launch.branches import Branch, Geometry
 from nsa.ops.launch.hopper_forward import (
     SHARED_MEMORY,
@@ -14,9 +13,10 @@ from nsa.ops.launch.hopper_forward import (
     descriptor,
     piece,
     programs,
+    takes,
 )
 from nsa.ops.launch.select_blocks import union_blocks
-from nsa.ops.launch.tiles import QueryTiles, heads, launch, reachable
+from nsa.ops.launch.tiles import QueryTiles, heads, launch
 
 ROWS, KEYS = 128, 64  # Of a query tile and of a step, which is a selected block.
 MAX_STAGES = 6
@@ -25,7 +25,7 @@ MAX_STAGES = 6
 def applies(do: Tensor, q: Tensor, branches: dict[str, Branch], geometry: Geometry) -> bool:
     """As for the key side, with selection blocks of one step."""
     whole = "slc" not in branches or geometry.block_size == KEYS
-    return whole and all(hopper_key_gradients.applies(q, do, b.k, b.v) for b in branches.values())
+    return whole and all(takes(q, b.k, b.v, do) for b in branches.values())
 
 
 def dq(
@@ -51,10 +51,7 @@ def dq(
         branch = branches.get(name, first)
         keys = (branch.k, branch.v)
         if name in branches:
-            block, stride = 1, 1
-            if name == "cmp":
-                block, stride = geometry.compress_block_size, geometry.compress_stride
-            keys = tuple(reachable(x, q, geometry.q_offset, block, stride) for x in keys)
+            keys = geometry.visible(branch, q, compressed=name == "cmp")
             rows[name] = keys[0].shape[-3]
         if not keys[0].numel():
             keys = (branch.k, branch.v)

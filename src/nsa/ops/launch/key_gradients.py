@@ -16,6 +16,7 @@ from nsa.kernels.key_gradients import range_dkv_kernel, selected_dkv_kernel
 from nsa.ops.launch import hopper_key_gradients as hopper
 from nsa.ops.launch.block_lists import invert
 from nsa.ops.launch.branches import Branch, Geometry
+from nsa.ops.launch.hopper_forward import takes
 from nsa.ops.launch.sums import sum_lists, sum_parts
 from nsa.ops.launch.tiles import (
     ENOUGH_PROGRAMS,
@@ -81,11 +82,9 @@ def range_dkv(
     q = rows.q
     sizes = heads(q, branch.k, branch.v)
     shape = tile("range_dkv", sizes, q)
-    on_hopper = hopper.applies(q, rows.do, branch.k, branch.v)
+    on_hopper = takes(q, branch.k, branch.v, rows.do)
     keys = hopper.KEYS if on_hopper else shape.BN
-    block, stride = (
-        (geometry.compress_block_size, geometry.compress_stride) if compressed else (1, 1)
-    )
+    block, stride = geometry.spans(compressed)
     window = 0 if compressed else geometry.window_size
     num_tokens = q.shape[-3] + geometry.q_offset if compressed else branch.k.shape[-3]
     tiles = QueryTiles.of(q, geometry.cu_seqlens, keys * stride, num_tokens)
@@ -145,7 +144,7 @@ def selected_dkv(rows: Rows, branch: Branch, geometry: Geometry) -> tuple[Tensor
     num_keys = branch.k.shape[-3]
     blocks = QueryTiles.of(q, geometry.cu_seqlens, size, num_keys)
     entries, entry_offsets = invert(branch.block_indices, q, blocks, num_keys)
-    on_hopper = size == 64 and hopper.applies(q, rows.do, branch.k, branch.v)
+    on_hopper = size == 64 and takes(q, branch.k, branch.v, rows.do)
     sums = 2 if on_hopper else 1
     num_entries = branch.block_indices.numel()
     part = sums * min(PART, max(MIN_PART, next_power_of_2(num_entries // 1024)))
