@@ -1,10 +1,12 @@
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from tests.kernels.resources import Layer, _steps, tiles_of
+from triton.runtime import JITFunction
 from triton.runtime.errors import OutOfResources
 
 from nsa.bench import tune
@@ -99,6 +101,28 @@ def test_a_tile_that_the_profiler_misses_does_not_win(monkeypatch, table):
     best, printed = try_tiles(monkeypatch, [3.0, None, 4.0, 4.0, 5.0])
     assert best["ms"] == 3.0
     assert "not seen by the profiler" in printed
+
+
+@pytest.mark.parametrize(
+    ("registers", "problem"),
+    [pytest.param(4, None, id="few"), pytest.param(5, "spills 20 bytes a thread", id="many")],
+)
+def test_a_tile_that_spills_is_no_candidate(monkeypatch, registers, problem):
+    """Of another kernel that the step starts, spills do not count."""
+
+    def run(self, **arguments):
+        return SimpleNamespace(n_spills=registers if self.__name__ == "dq_kernel" else 99)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(tune, "kernel_times", lambda *_: [KernelTime("dq_kernel", 1, 2.0)])
+
+    def step():
+        for name in ("dq_kernel", "other_kernel"):
+            JITFunction.run(SimpleNamespace(__name__=name), x=1)
+        return (RIGHT,)
+
+    assert tune.measure(step, (RIGHT,), "dq_kernel", CPU) == (problem or 2.0)
+    assert JITFunction.run is run
 
 
 def test_scores_have_no_values(monkeypatch, table):

@@ -22,7 +22,7 @@ BenchShape = Annotated[
     str | None,
     typer.Option(
         help="tiny, laptop, 100m, paper-d128, paper, million, group-1, -2, -4, -8, padded-group, "
-        "wide-group-4."
+        "wide-group-1, -2, -4."
     ),
 ]
 

@@ -278,17 +278,18 @@ def _times(rows: list[Row], heading: str, key: Callable[[Row], int]) -> str:
 def _memory(rows: list[Row]) -> Iterator[str]:
     """The tables of memory, each below its line.
 
-    What is kept has one where any row says it: those of earlier versions do not.
+    They are of backwards that say it: those of earlier versions do not say what is kept.
     """
+    backwards = [row for row in rows if row["mode"] == "backward"]
     for field, line in MEMORY.items():
-        if field == "peak_memory_bytes" or any(row.get(field) is not None for row in rows):
+        measured = [row for row in backwards if row.get(field) is not None]
+        if measured:
             yield line
-            yield _grid(rows, *TOKENS, partial(_gibibytes, field))
+            yield _grid(measured, *TOKENS, partial(_gibibytes, field))
 
 
 def _gibibytes(field: str, modes: dict[str, Row]) -> str:
-    found = modes.get("backward", {}).get(field)
-    return "-" if found is None else significant(found / 2**30)
+    return significant(modes["backward"][field] / 2**30) if modes else "-"
 
 
 def _grid(

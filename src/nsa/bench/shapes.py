@@ -100,8 +100,8 @@ SHAPES = {
             )
             for size in (1, 2, 4, 8)
         ),
-        # Twelve heads a group, which tiles pad, and the paper's widths in groups of four. They are
-        # no points of the curve over groups, whose shapes are those named "group-".
+        # Twelve heads a group, which tiles pad, and the paper's widths in small groups. They are no
+        # points of the curve over groups, whose shapes are those named "group-".
         Shape(
             name="padded-group",
             num_heads=24,
@@ -110,13 +110,16 @@ SHAPES = {
             value_dim=128,
             seq_lens=(65536,),
         ),
-        Shape(
-            name="wide-group-4",
-            num_heads=32,
-            num_kv_heads=8,
-            key_dim=192,
-            value_dim=128,
-            seq_lens=(65536,),
+        *(
+            Shape(
+                name=f"wide-group-{size}",
+                num_heads=32,
+                num_kv_heads=32 // size,
+                key_dim=192,
+                value_dim=128,
+                seq_lens=(65536,),
+            )
+            for size in (1, 2, 4)
         ),
     )
 }

@@ -1,8 +1,8 @@
 """Measures tiles of our kernels and writes the best into the launch table (``nsa bench tune``).
 
 Each kernel is tried with the tile in use and a short list of others on the data of one layer. One
-whose result is not that of the tile in use is not a candidate. Nothing here runs on a user's
-machine.
+that spills registers, or whose result is not that of the tile in use, is not a candidate. Nothing
+here runs on a user's machine.
 
 Hopper's own kernels have no tiles to try. On sizes that they take, those of the table are not
 started, and nothing is measured.
@@ -20,6 +20,7 @@ import torch
 import triton
 from rich.console import Console
 from torch import Tensor
+from triton.runtime import JITFunction
 
 import nsa.kernels
 from nsa.bench.correctness import BOUNDS, output_gradient
@@ -42,10 +43,17 @@ Entry = dict[str, Any]
 AGREEMENT = 0.98
 # A tile that is faster than the one in use by less is not taken: the next run may say otherwise.
 TIE = 0.02
+# Registers of a thread, 4 bytes each, that a candidate may spill: another Triton has room for them.
+SPILLED = 4
 
 # Shapes that are tuned unless others are asked for. Hopper's own kernels take groups of 8, 16, 32
 # and 64 heads, and compressed attention in groups of any power of two.
-ON_HOPPER = ("group-1", "group-2", "group-4", "padded-group", "laptop", "wide-group-4")
+ON_HOPPER = (
+    *(f"group-{size}" for size in (1, 2, 4)),
+    "padded-group",
+    "laptop",
+    *(f"wide-group-{size}" for size in (1, 2, 4)),
+)
 ELSEWHERE = ("paper-d128", "paper", "100m", "group-1", "group-2", "group-4", "group-8")
 
 
@@ -90,13 +98,13 @@ TUNABLES = {
         "range_dkv_kernel",
         "hopper_range_dkv_kernel",
         "backward",
-        ((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 8, 2), (64, 128, 8, 2)),
+        ((32, 64, 4, 3), (32, 64, 4, 2), (64, 128, 8, 2), (16, 128, 8, 1), (16, 128, 8, 2)),
     ),
     "selected_dkv": Tunable(
         "selected_dkv_kernel",
         "hopper_selected_dkv_kernel",
         "backward",
-        ((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 8, 3), (64, 64, 8, 2)),
+        ((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 8, 2), (16, 64, 8, 2), (64, 64, 8, 2)),
     ),
 }
 
@@ -250,14 +258,35 @@ def measure(
     step: Step, expected: tuple[Tensor, ...], function: str, device: torch.device
 ) -> float | str:
     """Milliseconds of a kernel with the tile that is set, or what is wrong with it."""
-    try:
-        problem = difference(step(), expected)
-    except (triton.TritonError, RuntimeError) as error:
-        problem = str(error).splitlines()[0]
+    with spills(function) as registers:
+        try:
+            problem = difference(step(), expected)
+        except (triton.TritonError, RuntimeError) as error:
+            problem = str(error).splitlines()[0]
+    if problem is None and max(registers, default=0) > SPILLED:
+        problem = f"spills {4 * max(registers)} bytes a thread"
     if problem is not None:
         return problem
     milliseconds = kernel_ms(kernel_times(step, device), function)
     return "not seen by the profiler" if milliseconds is None else milliseconds
+
+
+@contextmanager
+def spills(function: str) -> Iterator[list[int]]:
+    """Collects the registers that a thread spills, of each start of a kernel."""
+    run, found = JITFunction.run, []
+
+    def record(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        kernel = run(self, *args, **kwargs)
+        if self.__name__ == function:
+            found.append(kernel.n_spills)
+        return kernel
+
+    JITFunction.run = record
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
 
 
 def tile_in_use(kernel: str, like: Entry, device: torch.device) -> Tile:
