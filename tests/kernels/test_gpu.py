@@ -125,6 +125,9 @@ LONG = [
     Case(name="group-4", lengths=(1301,), group=4, dk=128, dv=128),
     Case(name="group-1", lengths=(2049,), group=1, kv_heads=3, dk=64, dv=64),
     Case(name="group-12", lengths=(1201,), group=12, kv_heads=1, dk=128, dv=128),
+    Case(name="wide-group-1", lengths=(1301,), group=1, kv_heads=3, dk=192, dv=128),
+    Case(name="wide-group-2", lengths=(1203, 0, 1, 517), packed=True, group=2, dk=192, dv=128),
+    Case(name="wide-group-4", lengths=(1100, 1100), group=4, kv_heads=1, dk=192, dv=128),
     Case(name="dims-96-192", lengths=(1201,), group=4, kv_heads=1, dk=96, dv=192),
     Case(name="dims-64-256", lengths=(1201,), group=2, kv_heads=1, dk=64, dv=256),
     Case(name="dims-256-96", lengths=(1201,), group=2, kv_heads=1, dk=256, dv=96),
@@ -139,12 +142,17 @@ def test_long_cases_match_the_reference_in_float64(case, dtype):
     check_long(replace(case, dtype=dtype))
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128)])
+@pytest.mark.parametrize(
+    "heads",
+    [(16, 64, 64), (16, 128, 128), (16, 192, 128), (2, 128, 128), (1, 192, 128), (4, 192, 128)],
+    ids=lambda heads: "-".join(map(str, heads)),
+)
 @pytest.mark.parametrize("lengths", [*((n,) for n in TILE_EDGES), (*TILE_EDGES, 0)], ids=str)
-def test_edges_of_tiles(lengths, dims):
+def test_edges_of_tiles(lengths, heads):
+    group, dk, dv = heads
     packed = len(lengths) > 1
-    case = Case(name="", lengths=lengths, packed=packed, group=16, kv_heads=1, dk=dims[0])
-    check_long(replace(case, dv=dims[1], dtype=torch.bfloat16))
+    case = Case(name="", lengths=lengths, packed=packed, group=group, kv_heads=1, dk=dk, dv=dv)
+    check_long(replace(case, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("group", range(1, 65))

@@ -92,13 +92,13 @@ TUNABLES = {
         "dq_kernel",
         "hopper_dq_kernel",
         "backward",
-        ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 3), (128, 64, 8, 2)),
+        ((64, 64, 4, 2), (64, 64, 8, 2), (64, 16, 4, 3), (64, 32, 8, 3), (128, 64, 8, 2)),
     ),
     "range_dkv": Tunable(
         "range_dkv_kernel",
         "hopper_range_dkv_kernel",
         "backward",
-        ((32, 64, 4, 3), (32, 64, 4, 2), (64, 128, 8, 2), (16, 128, 8, 1), (16, 128, 8, 2)),
+        ((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 8, 2), (64, 128, 8, 2), (16, 128, 8, 1)),
     ),
     "selected_dkv": Tunable(
         "selected_dkv_kernel",
@@ -277,7 +277,7 @@ def spills(function: str) -> Iterator[list[int]]:
     run, found = JITFunction.run, []
 
     def record(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        kernel = run(self, *args, **kwargs)
+        kernel: Any = run(self, *args, **kwargs)
         if self.__name__ == function:
             found.append(kernel.n_spills)
         return kernel
