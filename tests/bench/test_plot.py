@@ -74,8 +74,9 @@ def test_a_full_disk_names_the_file(tmp_path, name):
 
 
 def layers():
-    """The layer and dense attention at two lengths, and at two group sizes."""
-    sizes = [("paper", 1024, 16), ("paper", 2048, 16), ("group-1", 2048, 1), ("group-8", 2048, 8)]
+    """The layer and dense attention at two lengths, another at one, and groups of two widths."""
+    sizes = [("paper", 1024, 16), ("paper", 2048, 16), ("million", 4096, 16)]
+    sizes += [("group-1", 2048, 1), ("group-8", 2048, 8), ("wide-group-1", 2048, 1)]
     common = {
         "device": "a machine",
         "dtype": "float32",
@@ -87,6 +88,7 @@ def layers():
     for shape, seq_len, group in sizes:
         where = {**common, "shape": shape, "seq_len": seq_len}
         where |= {"num_heads": 32, "num_kv_heads": 32 // group}
+        where |= {"key_dim": 192 if shape.startswith("wide") else 128, "value_dim": 128}
         ours = {"operation": "pipeline", "provider": "kernel", "compressor": "mlp", "p50_ms": 1.0}
         dense = {"operation": "dense_attention", "provider": "cudnn", "compressor": None}
         made += [where | ours, where | dense | {"p50_ms": 3.0}]
@@ -105,9 +107,19 @@ def test_the_speedup_picture_has_a_panel_for_lengths_and_one_for_groups(tmp_path
         "mlp, local (kernel) forward",
         "tokens",
         "query heads that share keys",
+        "widths 128 and 128, mlp, local (kernel) forward",
+        "widths 192 and 128, mlp, local (kernel) forward",
         "2,048",
     ):
         assert part in text
+    assert "4,096" not in text  # The only length of its shape.
+
+
+def test_a_speedup_picture_of_one_length_has_points(tmp_path):
+    output = tmp_path / "speedup.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot_speedup([row for row in layers() if row["seq_len"] == 4096], output)
+    assert "4,096" in output.read_text()
 
 
 @pytest.mark.parametrize(

@@ -143,8 +143,8 @@ def test_rows_of_cuda_graphs_have_a_table_of_their_own(root):
 
 def test_the_groups_table_has_a_line_for_each_group_size(root):
     rows = [
-        row(shape=f"group-{size}", num_heads=32, num_kv_heads=32 // size, mode=mode, **changes)
-        for size in (8, 1)
+        row(shape=shape, num_heads=32, num_kv_heads=32 // size, key_dim=dk, mode=mode, **changes)
+        for shape, size, dk in (("wide-group-2", 2, 96), ("group-8", 8, 64), ("group-1", 1, 64))
         for mode, changes in (
             ("forward", {"p50_ms": 4.0}),
             ("forward", {"p50_ms": 10.0 * size, **DENSE}),
@@ -160,6 +160,13 @@ def test_the_groups_table_has_a_line_for_each_group_size(root):
         "|---:|---:|---:|",
         "| 1 | 10.0 / - | 4.00 / - (2.5x / -) |",
         "| 8 | 80.0 / - | 4.00 / - (20.0x / -) |",
+        "",
+        "a machine, float32, 32 query heads, 2,048 tokens, widths 96 and 64, PyTorch 2.13.0: "
+        "median ms, forward / backward (times as fast as dense attention; commit 012345678).",
+        "",
+        "| heads a group | dense (cudnn) | NSA mlp (reference, local) |",
+        "|---:|---:|---:|",
+        "| 2 | 20.0 / - | 4.00 / - (5.0x / -) |",
     ]
     assert "group" not in operations_table(root)
 

@@ -22,17 +22,20 @@ def test_the_paper_shape_is_the_papers():
 
 
 def test_groups_share_the_query_heads():
-    for size in (1, 2, 4, 8):
-        shape = SHAPES[f"group-{size}"]
-        assert (shape.num_heads, shape.num_heads // shape.num_kv_heads) == (32, size)
+    for name, sizes in (("group", (1, 2, 4, 8)), ("wide-group", (1, 2, 4))):
+        for size in sizes:
+            shape = SHAPES[f"{name}-{size}"]
+            assert (shape.num_heads, shape.num_heads // shape.num_kv_heads) == (32, size)
 
 
-def test_all_points_of_the_curve_over_groups_are_one_layer():
-    """Of the README's table and picture, which take rows by the name of their shape."""
+def test_all_points_of_a_curve_over_groups_are_one_layer():
+    """Of the README's tables and picture, which take rows by the name of their shape."""
     grouped = [shape for shape in SHAPES.values() if is_grouped({"shape": shape.name})]
-    assert len(grouped) == len({shape.num_kv_heads for shape in grouped})
+    widths = {(shape.key_dim, shape.value_dim) for shape in grouped}
+    assert len(grouped) == len({(shape.key_dim, shape.num_kv_heads) for shape in grouped})
     alike = {(s.num_heads, s.key_dim, s.value_dim, s.seq_lens, s.config) for s in grouped}
-    assert len(alike) == 1
+    assert len(alike) == len(widths) == 2
+    assert not is_grouped({"shape": "padded-group"})
 
 
 def test_the_longest_shape_has_a_million_tokens():

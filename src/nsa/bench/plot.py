@@ -54,8 +54,8 @@ def plot(rows: list[Row], output: Path) -> None:
 def plot_speedup(rows: list[Row], output: Path) -> None:
     """Writes how many times as long dense attention takes as the whole layer.
 
-    One panel against the length, for each shape measured at several; one against the number of
-    query heads that share keys, if the "group" shapes were measured.
+    One panel against the length, of the shapes measured at several if there are any; one against
+    the number of query heads that share keys, if the "group" shapes were measured.
 
     Args:
         rows: results of one device and dtype, with dense attention of the same lengths.
@@ -75,7 +75,7 @@ def plot_speedup(rows: list[Row], output: Path) -> None:
             f"{setups or 'no rows'}. Choose with --device-name or --dtype."
         )
     grouped = [row for row in rows if is_grouped(row)]
-    others = [row for row in rows if not is_grouped(row)]
+    others = _at_several_lengths([row for row in rows if not is_grouped(row)])
     panels = [
         (part, heading, key)
         for part, heading, key in (
@@ -96,13 +96,21 @@ def plot_speedup(rows: list[Row], output: Path) -> None:
     _write(figure, output)
 
 
+def _at_several_lengths(rows: list[Row]) -> list[Row]:
+    """Those that make a line: points of other shapes would hide it. All if there is no line."""
+    lengths: dict[str, set[int]] = {}
+    for row in rows:
+        lengths.setdefault(row["shape"], set()).add(row["seq_len"])
+    return [row for row in rows if len(lengths[row["shape"]]) > 1] or rows
+
+
 def _draw_speedup(ax: Axes, rows: list[Row], heading: str, key: Callable[[Row], int]) -> None:
     """A colour for each kind of input; forward drawn through, backward dashed."""
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    shapes = {row["shape"] for row in rows if not is_grouped(row)}
+    layers = {_layer(row) for row in rows}
     for row in rows:
-        shape = f"{row['shape']}, " if len(shapes) > 1 else ""
-        name = f"{shape}{row['compressor']}, {row['workload']} ({row['provider']})"
+        layer = f"{_layer(row)}, " if len(layers) > 1 else ""
+        name = f"{layer}{row['compressor']}, {row['workload']} ({row['provider']})"
         lines.setdefault((name, row["mode"]), []).append((key(row), row["speedup"]))
     names = list(dict.fromkeys(name for name, _ in lines))
     for (name, mode), points in lines.items():
@@ -121,6 +129,11 @@ def _draw_speedup(ax: Axes, rows: list[Row], heading: str, key: Callable[[Row], 
     ax.set_ylabel("times as fast")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7)
+
+
+def _layer(row: Row) -> str:
+    """What tells lines of a panel apart: the shape, or the widths where shapes differ in groups."""
+    return f"widths {row['key_dim']} and {row['value_dim']}" if is_grouped(row) else row["shape"]
 
 
 def _check_suffix(output: Path) -> None:

@@ -94,7 +94,13 @@ def groups_table(root: Path) -> str:
     rows = [row for row in _rows(root) if is_grouped(row)]
     if not rows:
         return MISSING
-    return "\n\n".join((_caption(rows, heads=False), _times(rows, "heads a group", group_size)))
+    by_widths: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        by_widths.setdefault((row["key_dim"], row["value_dim"]), []).append(row)
+    return "\n\n".join(
+        f"{_caption(part, heads=False)}\n\n{_times(part, 'heads a group', group_size)}"
+        for _, part in sorted(by_widths.items())
+    )
 
 
 def demo_table(root: Path) -> str:

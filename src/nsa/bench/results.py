@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 def is_grouped(row: Row) -> bool:
     """Whether its shape is one of those that differ in how many heads share keys."""
-    return row["shape"].startswith("group-")
+    return re.fullmatch(r"(wide-)?group-\d+", row["shape"]) is not None
 
 
 def group_size(row: Row) -> int:
