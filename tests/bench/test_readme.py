@@ -171,6 +171,14 @@ def test_the_groups_table_has_a_line_for_each_group_size(root):
     assert "group" not in operations_table(root)
 
 
+def test_groups_of_two_machines_have_a_table_each(root):
+    rows = [row(shape="group-2", device=device) for device in ("one", "another")]
+    (root / "results" / "ops.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    first, second = groups_table(root).split("\n\nanother, ")
+    assert first.startswith("one, float32")
+    assert first.count("12.3 / -") == second.count("12.3 / -") == 1
+
+
 def test_a_commit_with_changes_is_not_called_that_commit(root):
     (root / "results" / "ops.jsonl").write_text(json.dumps(row(dirty=True)) + "\n")
     assert "commit 012345678 with changes)" in operations_table(root)

@@ -14,6 +14,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from nsa.bench.results import (
     ARMS,
@@ -90,16 +91,13 @@ def graphs_table(root: Path) -> str:
 
 
 def groups_table(root: Path) -> str:
-    """The same query heads in groups of several sizes."""
+    """The same query heads in groups of several sizes, narrow heads first."""
     rows = [row for row in _rows(root) if is_grouped(row)]
     if not rows:
         return MISSING
-    by_widths: dict[tuple[int, int], list[Row]] = {}
-    for row in rows:
-        by_widths.setdefault((row["key_dim"], row["value_dim"]), []).append(row)
     return "\n\n".join(
         f"{_caption(part, heads=False)}\n\n{_times(part, 'heads a group', group_size)}"
-        for _, part in sorted(by_widths.items())
+        for part in _by_setup(sorted(rows, key=_widths), _widths)
     )
 
 
@@ -237,12 +235,18 @@ def _rows(root: Path, *, graphs: bool = False) -> list[Row]:
     return latest(with_speedup(rows))
 
 
-def _by_setup(rows: list[Row]) -> list[list[Row]]:
-    """Rows of each device, dtype and shape, those of GPUs first: only a CPU's have threads."""
-    found: dict[tuple[str, ...], list[Row]] = {}
+def _by_setup(
+    rows: list[Row], layer: Callable[[Row], Any] = lambda row: row["shape"]
+) -> list[list[Row]]:
+    """Rows of each device, dtype and layer, those of GPUs first: only a CPU's have threads."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
     for row in sorted(rows, key=lambda row: bool(row.get("threads"))):
-        found.setdefault((row["device"], row["dtype"], row["shape"]), []).append(row)
+        found.setdefault((row["device"], row["dtype"], layer(row)), []).append(row)
     return list(found.values())
+
+
+def _widths(row: Row) -> tuple[int, int]:
+    return row["key_dim"], row["value_dim"]
 
 
 def _caption(rows: list[Row], heads: bool = True) -> str:
