@@ -4,6 +4,8 @@ from nsa.bench.results import is_grouped
 from nsa.bench.shapes import SHAPES
 from nsa.config import NSAConfig
 
+SMALL = (1, 2, 4)
+
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_is_a_layer_that_could_be_built(name):
@@ -22,7 +24,7 @@ def test_the_paper_shape_is_the_papers():
 
 
 def test_groups_share_the_query_heads():
-    for name, sizes in (("group", (1, 2, 4, 8)), ("wide-group", (1, 2, 4))):
+    for name, sizes in (("group", (1, 2, 4, 8)), ("wide-group", SMALL), ("narrow-group", SMALL)):
         for size in sizes:
             shape = SHAPES[f"{name}-{size}"]
             assert (shape.num_heads, shape.num_heads // shape.num_kv_heads) == (32, size)
@@ -34,8 +36,9 @@ def test_all_points_of_a_curve_over_groups_are_one_layer():
     widths = {(shape.key_dim, shape.value_dim) for shape in grouped}
     assert len(grouped) == len({(shape.key_dim, shape.num_kv_heads) for shape in grouped})
     alike = {(s.num_heads, s.key_dim, s.value_dim, s.seq_lens, s.config) for s in grouped}
-    assert len(alike) == len(widths) == 2
-    assert not is_grouped({"shape": "padded-group"})
+    assert len(alike) == len(widths) == 3
+    for widths in ("", "wide-", "narrow-"):
+        assert not is_grouped({"shape": f"{widths}padded-group"})
 
 
 def test_the_longest_shape_has_a_million_tokens():

@@ -48,7 +48,7 @@ def try_tiles(monkeypatch, results, kernel="dq", used=9.0, like=LIKE):
     """
     tunable = TUNABLES[kernel]
     outcomes = {USED: used, **dict(zip(map(Tile._make, tunable.tiles), results, strict=True))}
-    tuned.table("sm70")[kernel] = [{**like, "group": 0, "tile": list(USED)}]
+    tuned.table("sm70")[kernel] = [{**like, "tile": list(USED)}]
     if kernel == "block_scores":
         tuned.table("sm70")[kernel][0]["value_dim"] = 0
     monkeypatch.setattr(tuned, "capability", lambda _: 7)
@@ -72,7 +72,7 @@ def try_tiles(monkeypatch, results, kernel="dq", used=9.0, like=LIKE):
 
 
 def test_the_fastest_right_tile_wins(monkeypatch, table):
-    results = [3.0, OutOfResources(300, 227, "shared memory"), RIGHT * 2, 2.0, 5.0]
+    results = [3.0, OutOfResources(300, 227, "shared memory"), RIGHT * 2, 2.0, 5.0, 4.0]
     best, printed = try_tiles(monkeypatch, results)
     assert best["tile"] == list(TUNABLES["dq"].tiles[3])
     assert (best["ms"], best["gpu"]) == (2.0, "a GPU")
@@ -80,25 +80,25 @@ def test_the_fastest_right_tile_wins(monkeypatch, table):
     assert "[16, 16, 1, 1] (in use): 9.00 ms" in printed
     assert "out of resource: shared memory" in printed
     assert "output 0 is off by 1.0e+00" in printed
-    assert table["dq"] == [{**LIKE, "group": 0, "tile": list(USED)}]
+    assert table["dq"] == [{**LIKE, "tile": list(USED)}]
 
 
 @pytest.mark.parametrize(
     ("used", "kept"), [pytest.param(2.03, True, id="tie"), pytest.param(2.05, False, id="gain")]
 )
 def test_a_tie_keeps_the_tile_in_use(monkeypatch, table, used, kept):
-    best, _ = try_tiles(monkeypatch, [3.0, 4.0, 2.0, 2.5, 5.0], used=used)
+    best, _ = try_tiles(monkeypatch, [3.0, 4.0, 2.0, 2.5, 5.0, 6.0], used=used)
     tile, milliseconds = (list(USED), used) if kept else (list(TUNABLES["dq"].tiles[2]), 2.0)
     assert (best["tile"], best["ms"]) == (tile, milliseconds)
 
 
 def test_without_a_tile_that_runs_there_is_no_entry(monkeypatch, table):
-    best, _ = try_tiles(monkeypatch, [RuntimeError("no")] * 5, used=RIGHT)
+    best, _ = try_tiles(monkeypatch, [RuntimeError("no")] * 6, used=RIGHT)
     assert best is None
 
 
 def test_a_tile_that_the_profiler_misses_does_not_win(monkeypatch, table):
-    best, printed = try_tiles(monkeypatch, [3.0, None, 4.0, 4.0, 5.0])
+    best, printed = try_tiles(monkeypatch, [3.0, None, 4.0, 4.0, 5.0, 6.0])
     assert best["ms"] == 3.0
     assert "not seen by the profiler" in printed
 
@@ -132,9 +132,10 @@ def test_scores_have_no_values(monkeypatch, table):
 
 def test_tiles_that_the_launches_make_one_are_tried_once(monkeypatch, table):
     # A token has one row, and 64 bits stand for as many tokens at most: 128 rows become 64.
-    best, printed = try_tiles(monkeypatch, [3.0, 2.0, 4.0, 4.0, 1.0], like={**LIKE, "group": 1})
+    results = [3.0, 3.0, 2.0, 4.0, 4.0, 1.0]
+    best, printed = try_tiles(monkeypatch, results, like={**LIKE, "group": 1})
     assert best["tile"] == [64, 64, 8, 2]
-    assert len(printed.splitlines()) == 5
+    assert len(printed.splitlines()) == 6
     assert "128, 64, 8, 2" not in printed
 
 
@@ -232,28 +233,48 @@ def test_the_launches_read_the_entry_in_use(table):
     assert table["dq"] is before
 
 
-def test_an_entry_replaces_that_of_its_sizes_and_precedes_that_of_any_group():
-    any_group = {**LIKE, "group": 0, "tile": [1, 1, 1, 1]}
+def test_an_entry_replaces_that_of_its_sizes():
+    other = {**LIKE, "group": 8, "tile": [1, 1, 1, 1]}
     old = {**LIKE, "tile": [2, 2, 2, 2]}
-    wide = {**LIKE, "key_dim": 256, "group": 0, "tile": [3, 3, 3, 3]}
+    wide = {**LIKE, "key_dim": 256, "tile": [3, 3, 3, 3]}
     new = {**LIKE, "tile": [4, 4, 4, 4]}
-    assert merged([any_group, old, wide], new) == [wide, new, any_group]
+    assert merged([old, other, wide], new) == [wide, other, new]
 
 
-def test_a_tile_of_any_group_is_for_groups_that_it_has_rows_for(monkeypatch, table):
+@pytest.mark.parametrize(
+    ("group", "found"),
+    [
+        pytest.param(1, Tile(16, 2, 2, 2), id="smaller"),
+        pytest.param(2, Tile(16, 2, 2, 2), id="measured"),
+        pytest.param(4, Tile(32, 8, 8, 8), id="between"),
+        pytest.param(16, Tile(32, 8, 8, 8), id="larger"),
+        pytest.param(32, Tile(32, 8, 8, 8), id="as-many-as-rows"),
+        pytest.param(64, Tile(64, 32, 4, 2), id="more-than-rows"),
+    ],
+)
+def test_other_groups_take_the_tile_of_the_nearest_that_has_rows_for_them(
+    monkeypatch, table, group, found
+):
+    """Past every tile it is the safe one. Other widths have tiles of their own."""
     monkeypatch.setattr(tuned, "capability", lambda _: 7)
-    half = torch.empty(1, dtype=torch.bfloat16)
     table["dq"] = [
-        {**LIKE, "group": 32, "tile": [16, 1, 1, 1]},
-        {**LIKE, "group": 0, "tile": [16, 2, 2, 2]},
+        {**LIKE, "key_dim": 256, "group": 4, "tile": [64, 1, 1, 1]},
+        {**LIKE, "group": 2, "tile": [16, 2, 2, 2]},
+        {**LIKE, "group": 8, "tile": [32, 8, 8, 8]},
     ]
+    half = torch.empty(1, dtype=torch.bfloat16)
+    assert tuned.tile("dq", {"GP": group, "DKP": 128, "DVP": 128}, half) == found
 
-    def found(group):
-        return tuned.tile("dq", {"GP": group, "DKP": 128, "DVP": 128}, half)
 
-    assert found(16) == Tile(16, 2, 2, 2)
-    assert found(32) == Tile(32, 1, 1, 1)  # Measured with it.
-    assert found(64) == Tile(64, 32, 4, 2)  # The safe one.
+def test_a_tile_without_rows_for_the_group_is_not_the_nearest(monkeypatch, table):
+    monkeypatch.setattr(tuned, "capability", lambda _: 7)
+    table["dq"] = [
+        {**LIKE, "group": 1, "tile": [64, 1, 1, 1]},
+        {**LIKE, "group": 8, "tile": [16, 8, 8, 8]},
+    ]
+    half = torch.empty(1, dtype=torch.bfloat16)
+    assert tuned.tile("dq", {"GP": 16, "DKP": 128, "DVP": 128}, half) == Tile(16, 8, 8, 8)
+    assert tuned.tile("dq", {"GP": 32, "DKP": 128, "DVP": 128}, half) == Tile(64, 1, 1, 1)
 
 
 def test_the_written_table_comes_back_one_entry_a_line(tmp_path):
@@ -269,7 +290,7 @@ def test_every_kernel_of_the_table_is_tuned():
     assert set(tuned.table("sm90")) <= set(TUNABLES)
     for entries in tuned.table("sm90").values():
         for entry in entries:
-            assert {"key_dim", "value_dim", "group", "tile"} <= set(entry)
+            assert {"key_dim", "value_dim", "group", "tile", "ms", "gpu", "triton"} == set(entry)
             assert len(Tile(*entry["tile"])) == 4
 
 

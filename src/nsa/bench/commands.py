@@ -21,8 +21,8 @@ Device = Annotated[
 BenchShape = Annotated[
     str | None,
     typer.Option(
-        help="tiny, laptop, 100m, paper-d128, paper, million, group-1, -2, -4, -8, padded-group, "
-        "wide-group-1, -2, -4."
+        help="tiny, laptop, 100m, paper-d128, paper, million, group-1, -2, -4, -8, padded-group; "
+        "wide-group-1, -2, -4, wide-padded-group, the same with narrow-."
     ),
 ]
 

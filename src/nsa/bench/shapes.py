@@ -89,30 +89,38 @@ SHAPES = {
             seq_lens=(1 << 20,),
         ),
         # The same query heads in groups of any size: fewer share what is read. Also at the paper's
-        # widths, in groups that Hopper's own kernels do not take.
+        # widths and at narrow ones, in groups that Hopper's own kernels do not take.
         *(
             Shape(
                 name=f"{name}-{size}",
                 num_heads=32,
                 num_kv_heads=32 // size,
                 key_dim=key_dim,
-                value_dim=128,
+                value_dim=value_dim,
                 seq_lens=(65536,),
             )
-            for name, key_dim, sizes in (
-                ("group", 128, (1, 2, 4, 8)),
-                ("wide-group", 192, (1, 2, 4)),
+            for name, key_dim, value_dim, sizes in (
+                ("group", 128, 128, (1, 2, 4, 8)),
+                ("wide-group", 192, 128, (1, 2, 4)),
+                ("narrow-group", 64, 64, (1, 2, 4)),
             )
             for size in sizes
         ),
         # Twelve heads a group, which tiles pad.
-        Shape(
-            name="padded-group",
-            num_heads=24,
-            num_kv_heads=2,
-            key_dim=128,
-            value_dim=128,
-            seq_lens=(65536,),
+        *(
+            Shape(
+                name=name,
+                num_heads=24,
+                num_kv_heads=2,
+                key_dim=key_dim,
+                value_dim=value_dim,
+                seq_lens=(65536,),
+            )
+            for name, key_dim, value_dim in (
+                ("padded-group", 128, 128),
+                ("wide-padded-group", 192, 128),
+                ("narrow-padded-group", 64, 64),
+            )
         ),
     )
 }

@@ -48,8 +48,11 @@ SPILLED = 4
 
 # Shapes that are tuned unless others are asked for. Hopper's own kernels take groups of 8, 16, 32
 # and 64 heads, and compressed attention in groups of any power of two.
-ON_HOPPER = ("group-1", "group-2", "group-4", "padded-group", "laptop")
-ON_HOPPER += ("wide-group-1", "wide-group-2", "wide-group-4")
+ON_HOPPER = tuple(
+    f"{widths}{group}"
+    for widths in ("", "wide-", "narrow-")
+    for group in ("group-1", "group-2", "group-4", "padded-group")
+)
 ELSEWHERE = ("paper-d128", "paper", "100m", "group-1", "group-2", "group-4", "group-8")
 
 
@@ -88,19 +91,28 @@ TUNABLES = {
         "dq_kernel",
         "hopper_dq_kernel",
         "backward",
-        ((64, 64, 4, 2), (64, 64, 8, 2), (64, 16, 4, 3), (64, 32, 8, 3), (128, 64, 8, 2)),
+        (
+            *((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 16, 4, 3), (64, 32, 8, 3)),
+            (128, 64, 8, 2),
+        ),
     ),
     "range_dkv": Tunable(
         "range_dkv_kernel",
         "hopper_range_dkv_kernel",
         "backward",
-        ((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 8, 2), (64, 128, 8, 2), (16, 128, 8, 1)),
+        (
+            *((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 4, 3), (64, 128, 8, 2)),
+            (16, 128, 8, 1),
+        ),
     ),
     "selected_dkv": Tunable(
         "selected_dkv_kernel",
         "hopper_selected_dkv_kernel",
         "backward",
-        ((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 8, 2), (16, 64, 8, 2), (64, 64, 8, 2)),
+        (
+            *((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 4, 3), (16, 64, 8, 2)),
+            (64, 64, 8, 2),
+        ),
     ),
 }
 
@@ -230,7 +242,8 @@ def best_tile(
     if kernel_ms(times, tunable.function) is None:
         other = kernel_ms(times, tunable.hopper) is not None
         reason = f": {tunable.hopper} takes them" if other else ""
-        console.print(f"{kernel} {like}: not started on these sizes{reason}", highlight=False)
+        line = f"{kernel} {like}: not started on these sizes{reason}"
+        console.print(line, highlight=False, soft_wrap=True)
         return None
     expected, current = step(), tile_in_use(kernel, like, device)
     others = (tuned.fitted(kernel, Tile(*tile), like["group"]) for tile in tunable.tiles)
@@ -242,7 +255,8 @@ def best_tile(
             timed[candidate] = result
             result = f"{significant(result)} ms"
         mark = " (in use)" if candidate == current else ""
-        console.print(f"{kernel} {like} {list(candidate)}{mark}: {result}", highlight=False)
+        line = f"{kernel} {like} {list(candidate)}{mark}: {result}"
+        console.print(line, highlight=False, soft_wrap=True)
     if not timed:
         return None
     tile = fastest(timed, current)
@@ -337,15 +351,10 @@ def using(arch: str, kernel: str, entry: Entry) -> Iterator[None]:
 
 
 def merged(entries: list[Entry], new: Entry) -> list[Entry]:
-    """Entries of a kernel with a new one, which replaces that of the same sizes.
-
-    Those of one group size come before those of any, since the first that fits is taken.
-    """
+    """Entries of a kernel with a new one, which replaces that of the same sizes."""
     key = ("key_dim", "value_dim", "group")
     others = [entry for entry in entries if any(entry[name] != new[name] for name in key)]
-    return sorted(
-        [*others, new], key=lambda e: (-e["key_dim"], -e["value_dim"], not e["group"], e["group"])
-    )
+    return sorted([*others, new], key=lambda e: (-e["key_dim"], -e["value_dim"], e["group"]))
 
 
 def write_table(path: Path, table: dict[str, list[Entry]]) -> None:

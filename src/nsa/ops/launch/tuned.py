@@ -3,7 +3,7 @@
 ``nsa bench tune`` writes the tables; nothing is tuned on a user's machine, and sizes without a
 measured tile are logged once (level info). A table lists, for each kernel, entries of
 ``{"key_dim", "value_dim", "group", "tile": [BM, BN, num_warps, num_stages]}``. Dims and group are
-padded to powers of two; a group of 0 stands for any that a tile has rows for.
+padded to powers of two. Groups that were not measured take the tile of the nearest that was.
 """
 
 from __future__ import annotations
@@ -74,16 +74,25 @@ def _major(device: torch.device) -> int:
 
 
 def _measured(kernel: str, sizes: dict[str, int], like: Tensor) -> Tile | None:
+    """That of the nearest group size with the same widths.
+
+    A tile with fewer rows than the group has heads would get rows that no one measured.
+    """
     if like.element_size() != 2:
         return None
-    for entry in table(f"sm{capability(like)}0").get(kernel, []):
-        fits = entry["key_dim"] == sizes["DKP"] and entry["value_dim"] == sizes.get("DVP", 0)
-        found = Tile(*entry["tile"])
-        # Of the tiles for any group, one with fewer rows would get rows that no one measured.
-        any_group = entry["group"] == 0 and sizes["GP"] <= found.BM
-        if fits and (any_group or entry["group"] == sizes["GP"]):
-            return found
-    return None
+    widths, group = (sizes["DKP"], sizes.get("DVP", 0)), sizes["GP"]
+    measured = {
+        entry["group"]: Tile(*entry["tile"])
+        for entry in table(f"sm{capability(like)}0").get(kernel, [])
+        if widths == (entry["key_dim"], entry["value_dim"]) and group <= entry["tile"][0]
+    }
+    # In doublings; the larger one of two.
+    nearest = min(
+        measured,
+        key=lambda other: (abs(other.bit_length() - group.bit_length()), -other),
+        default=None,
+    )
+    return measured.get(nearest)
 
 
 def _safe(sizes: dict[str, int], like: Tensor) -> Tile:
