@@ -38,7 +38,10 @@ def test_all_points_of_a_curve_over_groups_are_one_layer():
     alike = {(s.num_heads, s.key_dim, s.value_dim, s.seq_lens, s.config) for s in grouped}
     assert len(alike) == len(widths) == 3
     for widths in ("", "wide-", "narrow-"):
-        assert not is_grouped({"shape": f"{widths}padded-group"})
+        for size in (12, 24, 48):
+            shape = SHAPES[f"{widths}padded-group-{size}"]
+            assert shape.num_heads // shape.num_kv_heads == size
+            assert not is_grouped({"shape": shape.name})
 
 
 def test_the_longest_shape_has_a_million_tokens():

@@ -55,30 +55,26 @@ class Layer:
     config: NSAConfig = field(default_factory=NSAConfig.paper)
 
 
+# Query and kv heads of groups that run the kernels of all GPUs on Hopper too.
+PADDED_OR_SMALL = {1: (32, 32), 2: (32, 16), 4: (32, 8), 12: (24, 2), 24: (24, 1), 48: (48, 1)}
 # The paper's shape; it at the width that dense kernels support, also with so few tokens that all
-# blocks are selected, and with small groups, whose tiles hold many tokens; packed, first a layer of
-# configs/100m-16k.yaml; with groups so large that a step has a part of the heads of a token; and
-# with groups that tiles pad, which compressed attention on Hopper leaves to the kernel of the other
-# GPUs; and a single row, since Triton makes a constant of an integer argument of 1.
+# blocks are selected; packed, first a layer of configs/100m-16k.yaml; with groups so large that a
+# step has a part of the heads of a token; a single row, since Triton makes a constant of an integer
+# argument of 1; and groups at three widths: small ones, whose tiles hold many tokens, and those that
+# tiles pad.
 LAYERS = {
     "paper-d128": Layer(heads=(64, 4), dims=(128, 128)),
     "short-d128": Layer(heads=(64, 4), dims=(128, 128), seq_len=1024),
     "paper": Layer(heads=(64, 4), dims=(192, 128)),
-    "group1-d128": Layer(heads=(32, 32), dims=(128, 128)),
-    "group4-d128": Layer(heads=(32, 8), dims=(128, 128)),
     "group16-d64-packed": Layer(heads=(16, 1), dims=(64, 64), seq_len=16384, packed=True),
     "group1-d64-packed": Layer(heads=(8, 8), dims=(64, 64), packed=True),
     "group64-d128": Layer(heads=(64, 1), dims=(128, 128)),
-    "group12-d128": Layer(heads=(24, 2), dims=(128, 128)),
-    "group12-d64": Layer(heads=(24, 2), dims=(64, 64)),
-    "group2-d128": Layer(heads=(32, 16), dims=(128, 128)),
-    "group2-d64": Layer(heads=(4, 2), dims=(64, 64)),
-    "group4-d64": Layer(heads=(32, 8), dims=(64, 64)),
-    "group1-d192": Layer(heads=(32, 32), dims=(192, 128)),
-    "group2-d192": Layer(heads=(32, 16), dims=(192, 128)),
-    "group4-d192": Layer(heads=(32, 8), dims=(192, 128)),
-    "group12-d192": Layer(heads=(24, 2), dims=(192, 128)),
     "one-row": Layer(heads=(1, 1), dims=(64, 64), seq_len=1),
+    **{
+        f"group{group}-d{key_dim}": Layer(heads=heads, dims=(key_dim, value_dim))
+        for key_dim, value_dim in ((64, 64), (128, 128), (192, 128))
+        for group, heads in PADDED_OR_SMALL.items()
+    },
 }
 TRAINING = ("compress", "compress-backward", "forward", "backward")
 ALONE = (
@@ -97,21 +93,15 @@ COMPILED = {
     ("paper-d128", 80): TRAINING,
     ("short-d128", 90): TRAINING,
     ("paper", 90): (*TRAINING, *ALONE),
-    ("group1-d128", 90): ("forward", "backward"),
-    ("group4-d128", 90): ("forward", "backward"),
     ("group16-d64-packed", 90): TRAINING,
     ("group1-d64-packed", 90): TRAINING,
     ("group64-d128", 90): ("forward", "backward"),
-    ("group12-d128", 90): ("forward", "backward"),
-    ("group12-d64", 90): ("forward", "backward"),
-    ("group2-d128", 90): ("forward", "backward"),
-    ("group2-d64", 90): ("forward", "backward"),
-    ("group4-d64", 90): ("forward", "backward"),
-    ("group1-d192", 90): ("forward", "backward"),
-    ("group2-d192", 90): ("forward", "backward"),
-    ("group4-d192", 90): ("forward", "backward"),
-    ("group12-d192", 90): ("forward", "backward"),
     ("one-row", 90): ("forward", "backward"),
+    **{
+        (f"group{group}-d{key_dim}", 90): ("forward", "backward")
+        for key_dim in (64, 128, 192)
+        for group in PADDED_OR_SMALL
+    },
 }
 
 

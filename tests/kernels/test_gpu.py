@@ -128,6 +128,13 @@ LONG = [
     Case(name="wide-group-1", lengths=(1301,), group=1, kv_heads=3, dk=192, dv=128),
     Case(name="wide-group-2", lengths=(1203, 0, 1, 517), packed=True, group=2, dk=192, dv=128),
     Case(name="wide-group-4", lengths=(1100, 1100), group=4, kv_heads=1, dk=192, dv=128),
+    Case(name="group-24", lengths=(1301,), group=24, kv_heads=1, dk=128, dv=128),
+    Case(
+        name="group-48", lengths=(1100, 0, 401), packed=True, group=48, kv_heads=1, dk=128, dv=128
+    ),
+    Case(name="wide-group-12", lengths=(1203, 0, 1, 517), packed=True, group=12, dk=192, dv=128),
+    Case(name="wide-group-24", lengths=(1301,), group=24, kv_heads=1, dk=192, dv=128),
+    Case(name="wide-group-48", lengths=(1100,), group=48, kv_heads=1, dk=192, dv=128),
     Case(name="dims-96-192", lengths=(1201,), group=4, kv_heads=1, dk=96, dv=192),
     Case(name="dims-64-256", lengths=(1201,), group=2, kv_heads=1, dk=64, dv=256),
     Case(name="dims-256-96", lengths=(1201,), group=2, kv_heads=1, dk=256, dv=96),

@@ -21,8 +21,9 @@ Device = Annotated[
 BenchShape = Annotated[
     str | None,
     typer.Option(
-        help="tiny, laptop, 100m, paper-d128, paper, million, group-1, -2, -4, -8, padded-group; "
-        "wide-group-1, -2, -4, wide-padded-group, the same with narrow-."
+        help="tiny, laptop, 100m, paper-d128, paper, million, group-1, -2, -4, -8, "
+        "padded-group-12, -24, -48; wide-group-1, -2, -4, wide-padded-group-12, -24, -48, the same "
+        "with narrow-."
     ),
 ]
 

@@ -106,12 +106,12 @@ SHAPES = {
             )
             for size in sizes
         ),
-        # Twelve heads a group, which tiles pad.
+        # Groups of no power of two, which tiles pad.
         *(
             Shape(
-                name=name,
-                num_heads=24,
-                num_kv_heads=2,
+                name=f"{name}-{size}",
+                num_heads=max(24, size),
+                num_kv_heads=max(24, size) // size,
                 key_dim=key_dim,
                 value_dim=value_dim,
                 seq_lens=(65536,),
@@ -121,6 +121,7 @@ SHAPES = {
                 ("wide-padded-group", 192, 128),
                 ("narrow-padded-group", 64, 64),
             )
+            for size in (12, 24, 48)
         ),
     )
 }

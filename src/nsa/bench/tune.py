@@ -51,7 +51,7 @@ SPILLED = 4
 ON_HOPPER = tuple(
     f"{widths}{group}"
     for widths in ("", "wide-", "narrow-")
-    for group in ("group-1", "group-2", "group-4", "padded-group")
+    for group in ("group-1", "group-2", "group-4", *(f"padded-group-{n}" for n in (12, 24, 48)))
 )
 ELSEWHERE = ("paper-d128", "paper", "100m", "group-1", "group-2", "group-4", "group-8")
 
