@@ -60,7 +60,7 @@ PADDED_OR_SMALL = {1: (32, 32), 2: (32, 16), 4: (32, 8), 12: (24, 2), 24: (24, 1
 # The paper's shape; it at the width that dense kernels support, also with so few tokens that all
 # blocks are selected; packed, first a layer of configs/100m-16k.yaml; with groups so large that a
 # step has a part of the heads of a token; a single row, since Triton makes a constant of an integer
-# argument of 1; and groups at three widths: small ones, whose tiles hold many tokens, and those that
+# argument of 1; and at three widths groups that are small, so that tiles hold many tokens, or that
 # tiles pad.
 LAYERS = {
     "paper-d128": Layer(heads=(64, 4), dims=(128, 128)),

@@ -88,7 +88,7 @@ def plot_speedup(rows: list[Row], output: Path) -> None:
         )
         if part
     ]
-    figure = Figure(figsize=(5.6 * len(panels), 4.2), layout="constrained")
+    figure = Figure(figsize=(5.6 * len(panels), 4.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for (part, heading, key), ax in zip(panels, axes, strict=True):
         _draw_speedup(ax, part, heading, key)
@@ -128,7 +128,8 @@ def _draw_speedup(ax: Axes, rows: list[Row], heading: str, key: Callable[[Row], 
     ax.set_xlabel(heading)
     ax.set_ylabel("times as fast")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=7)
+    # Below the panel, where it hides no line.
+    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
 def _layer(row: Row) -> str:
