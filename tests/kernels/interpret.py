@@ -10,7 +10,9 @@ import functools
 import itertools
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from unittest import mock
 
 import torch
 from tests import cases
@@ -19,10 +21,12 @@ from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder
 
 from nsa import ops
 from nsa.ops.launch.block_lists import invert
-from nsa.ops.launch.select_blocks import union_blocks
+from nsa.ops.launch.select_blocks import _top_blocks, union_blocks
 from nsa.ops.launch.sums import sum_parts
 from nsa.ops.launch.tiles import QueryTiles
 
+# The module, whose name in its package is that of its function.
+SELECT_BLOCKS = sys.modules["nsa.ops.launch.select_blocks"]
 NARROW = replace(SMALL, block_size=12)  # Three strides of four, not a power of two.
 CASES = [
     Case(name="empty", lengths=(0,)),
@@ -147,6 +151,19 @@ def main(operation: str) -> None:
     for case in CASES:
         print(operation, case.name, flush=True)
         check(kernels, case)
+    if operation in ("select_blocks", "nsa_attention"):
+        check_short_sequences(check, kernels)
+
+
+def check_short_sequences(check: Callable, kernels: Callable) -> None:
+    """Packed sequences that all fit the selection: nothing is scored if that is known."""
+    case = Case(name="short-sequences", lengths=(24, 0, 1, 24, 17, 23), packed=True, dv=7)
+    with mock.patch.object(SELECT_BLOCKS, "_top_blocks") as scored:
+        check(functools.partial(kernels, max_seqlen=24), case)
+    assert not scored.called
+    with mock.patch.object(SELECT_BLOCKS, "_top_blocks", wraps=_top_blocks) as scored:
+        check(functools.partial(kernels, max_seqlen=25), case)
+    assert scored.called
 
 
 if __name__ == "__main__":

@@ -52,19 +52,21 @@ class Layer:
     dtype: torch.dtype = torch.bfloat16
     seq_len: int = 65536
     packed: bool = False
+    max_seqlen: int | None = None
     config: NSAConfig = field(default_factory=NSAConfig.paper)
 
 
 # Query and kv heads of groups that run the kernels of all GPUs on Hopper too.
 PADDED_OR_SMALL = {1: (32, 32), 2: (32, 16), 4: (32, 8), 12: (24, 2), 24: (24, 1), 48: (48, 1)}
 # The paper's shape; it at the width that dense kernels support, also with so few tokens that all
-# blocks are selected; packed, first a layer of configs/100m-16k.yaml; with groups so large that a
-# step has a part of the heads of a token; a single row, since Triton makes a constant of an integer
-# argument of 1; and at three widths groups that are small, so that tiles hold many tokens, or that
-# tiles pad.
+# blocks are selected, and with many such sequences packed; packed, first a layer of
+# configs/100m-16k.yaml; with groups so large that a step has a part of the heads of a token; a
+# single row, since Triton makes a constant of an integer argument of 1; and at three widths groups
+# that are small, so that tiles hold many tokens, or that tiles pad.
 LAYERS = {
     "paper-d128": Layer(heads=(64, 4), dims=(128, 128)),
     "short-d128": Layer(heads=(64, 4), dims=(128, 128), seq_len=1024),
+    "short-packed": Layer(heads=(16, 1), dims=(64, 64), packed=True, max_seqlen=1024),
     "paper": Layer(heads=(64, 4), dims=(192, 128)),
     "group16-d64-packed": Layer(heads=(16, 1), dims=(64, 64), seq_len=16384, packed=True),
     "group1-d64-packed": Layer(heads=(8, 8), dims=(64, 64), packed=True),
@@ -87,20 +89,25 @@ ALONE = (
     "selected-backward",
     "window-backward",
 )
+# Of a layer's steps, only the kernels whose tiles the launch table has: others do not differ much
+# from layer to layer, and each takes seconds.
+TILES_ONLY = "tiles only"
 # For each layer and architecture, the steps that are compiled.
 COMPILED = {
     ("paper-d128", 90): (*TRAINING, *ALONE),
     ("paper-d128", 80): TRAINING,
     ("short-d128", 90): TRAINING,
+    ("short-packed", 90): ("forward", "backward"),
     ("paper", 90): (*TRAINING, *ALONE),
     ("group16-d64-packed", 90): TRAINING,
     ("group1-d64-packed", 90): TRAINING,
     ("group64-d128", 90): ("forward", "backward"),
     ("one-row", 90): ("forward", "backward"),
     **{
-        (f"group{group}-d{key_dim}", 90): ("forward", "backward")
-        for key_dim in (64, 128, 192)
+        (f"group{group}-d{key_dim}", 90): ("forward", "backward", *only)
+        for key_dim, groups in ((64, (2, 12)), (128, (1, 2, 4, 12)), (192, (1, 2, 4, 12)))
         for group in PADDED_OR_SMALL
+        for only in [() if group in groups else (TILES_ONLY,)]
     },
 }
 
@@ -142,12 +149,15 @@ def kernels(layer: str, capability: int) -> dict[str, Launch]:
     has a number after its name.
     """
     steps = COMPILED[layer, capability]
+    tiled = {f"{name}_kernel" for name in tuned.table("sm90")}
     found: dict[str, Launch] = {}
     ways: set[str] = set()
     with tiles_of(capability):
         all_launches = _steps(LAYERS[layer])
     for step, launches in all_launches.items():
         for item in launches if step in steps else ():
+            if TILES_ONLY in steps and item.kernel.__name__ not in tiled:
+                continue
             way = repr((item.kernel.__name__, *_specialization(item), _options(item)))
             if way not in ways:
                 ways.add(way)
@@ -208,7 +218,7 @@ def _steps(layer: Layer) -> dict[str, list[Launch]]:
         with recording(steps.setdefault(f"{name}-backward", [])):
             compress_bwd((k_cmp, v_cmp), *columns, **where)
     inputs = (q, k_cmp, v_cmp, k, v, k, v, gates)
-    whole = {"config": config, **common}
+    whole = {"config": config, "max_seqlen": layer.max_seqlen, **common}
     with recording(steps.setdefault("forward", [])):
         _, *saved = launch.nsa_attention_fwd(*inputs, **whole)
     with recording(steps.setdefault("backward", [])):

@@ -162,6 +162,31 @@ def test_edges_of_tiles(lengths, heads):
     check_long(replace(case, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "heads",
+    [(16, 64, 64), (16, 128, 128), (64, 192, 128), (2, 128, 128), (12, 192, 128)],
+    ids=lambda heads: "-".join(map(str, heads)),
+)
+def test_packed_sequences_that_fit_the_selection(heads, dtype):
+    """Many of them: together they do not fit it."""
+    group, dk, dv = heads
+    lengths = (1024, 0, 1, 900, 1024, 64, 333, 1023)
+    case = Case(name="", lengths=lengths, packed=True, group=group, kv_heads=1, dk=dk, dv=dv)
+    case = replace(case, config=PAPER, dtype=dtype, spread=0.2)
+    check_long(case, functools.partial(attend, max_seqlen=1024))
+    tensors = {name: x.cuda().to(dtype) for name, x in case.tensors().items()}
+    inputs = [tensors[name] for name in ATTENDED]
+    where = case.where("cuda")
+    _, lse = ops.compressed_attention(*inputs, **compression(PAPER), **where)
+    chosen = [
+        ops.select_blocks(*inputs[:2], lse, config=PAPER, max_seqlen=longest, **where)
+        for longest in (1024, 1025, None)
+    ]
+    assert torch.equal(chosen[0], chosen[1])
+    assert torch.equal(chosen[0], chosen[2])
+
+
 @pytest.mark.parametrize("group", range(1, 65))
 def test_every_group_size(group):
     check_long(Case(name="", lengths=(1153,), group=group, dk=64, dv=64, dtype=torch.bfloat16))

@@ -23,6 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from nsa import ops
 from nsa.models import NSAForCausalLM, NSAModel
 
 KINDS = pytest.mark.parametrize("attention", ["nsa", "dense"])
@@ -112,6 +113,23 @@ def test_packed_sequences_are_separate_sequences(attention):
     loss.backward()
     for a, b in zip(packed_grads, grads(model), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_attention_is_told_the_longest_packed_sequence(monkeypatch):
+    """Where all fit the selection, kernels need not choose."""
+    told, attend = [], ops.nsa_attention
+
+    def listen(*tensors, **options):
+        told.append(options["max_seqlen"])
+        return attend(*tensors, **options)
+
+    monkeypatch.setattr(ops, "nsa_attention", listen)
+    model = small_model()
+    model(random_ids(1, sum(LENGTHS)), cu_seqlens=bounds(LENGTHS))
+    assert set(told) == {max(LENGTHS)}
+    told.clear()
+    model(random_ids(2, 30), use_cache=False)
+    assert set(told) == {None}
 
 
 def test_an_empty_first_sequence_hides_no_label():

@@ -15,7 +15,7 @@ from tests.cases import (
 from tests.comparison import values_and_gradients
 from tests.ops import contract
 
-from nsa.ops import CompressorWeights, compress_kv, nsa_attention
+from nsa.ops import CompressorWeights, compress_kv, nsa_attention, select_blocks
 from nsa.ops.nsa_attention import (
     LISTS,
     NOTHING,
@@ -98,6 +98,7 @@ def test_custom_ops(case, keep):
         where["cu_seqlens"],
         list(astuple(case.config)),
         where["softmax_scale"],
+        max(case.lengths) if case.packed else None,
         where["q_offset"],
         keep,
         "reference",
@@ -139,6 +140,27 @@ def test_recomputing_gives_the_same_gradients_and_keeps_less():
 
 def _bad(**changes):
     return _tensors(Case(name="", lengths=(9,))) | changes
+
+
+@pytest.mark.parametrize("operation", [nsa_attention, select_blocks], ids=["attention", "blocks"])
+def test_a_length_that_is_too_small_is_refused(operation):
+    case = Case(name="", lengths=(5, 9), packed=True)
+    tensors = _tensors(case)
+    if operation is select_blocks:
+        tensors = {"q": tensors["q"], "k_cmp": tensors["k_cmp"], "lse": torch.zeros(14, 4)}
+
+    def run(max_seqlen):
+        return operation(
+            *tensors.values(), config=SMALL, cu_seqlens=case.cu_seqlens(), max_seqlen=max_seqlen
+        )
+
+    for enough in (9, 30):
+        assert torch.equal(run(enough), run(None))
+    with pytest.raises(ValueError, match=r"^max_seqlen: expected at least 9, the longest .*got 8"):
+        run(8)
+    for wrong in (True, -1, 9.0):
+        with pytest.raises(ValueError, match=rf"^max_seqlen: expected an int .*got {wrong}"):
+            run(wrong)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +211,9 @@ def _bad(**changes):
             {"backend": "gpu"},
             r"^backend: expected one of reference, kernel, got 'gpu'",
             id="backend",
+        ),
+        pytest.param(
+            _bad(), {"max_seqlen": 9}, r"^max_seqlen: expected .*None with a batch", id="max-seqlen"
         ),
         pytest.param(
             _bad(),

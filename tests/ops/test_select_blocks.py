@@ -34,7 +34,9 @@ def test_equals_the_oracle(case):
 def test_contract(case, layout):
     q, k_cmp, lse = _inputs(case)
     q, k_cmp = (contract.LAYOUTS[layout](x) for x in (q, k_cmp))
-    constants = (case.cu_seqlens(), list(astuple(case.config)), 0.7, case.offset, "reference")
+    longest = max(case.lengths) if case.packed else None
+    geometry = list(astuple(case.config))
+    constants = (case.cu_seqlens(), geometry, 0.7, longest, case.offset, "reference")
     contract.check_backward(select_blocks_fwd, q, k_cmp, lse, *constants)
 
 

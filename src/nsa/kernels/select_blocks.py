@@ -275,25 +275,28 @@ def top_blocks_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["T_q", "q_offset", "num_rows"])
+@triton.jit(do_not_specialize=["num_seqs", "T_q", "q_offset"])
 def all_blocks_kernel(
     indices_ptr,
+    cu_seqlens_ptr,
+    num_seqs,
     T_q,
     q_offset,
-    num_rows,
     K: tl.constexpr,
     N: tl.constexpr,
     SELECT: tl.constexpr,
     NP: tl.constexpr,
-    BM: tl.constexpr,
+    BQ: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
-    """Grid (rows / BM): the choice ``[B, T, K, N]`` where every candidate is taken."""
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    own_block = (q_offset + row // K % T_q) // SELECT
+    """Grid (query tiles, K): the choice where every candidate is taken."""
+    i_tile = tl.program_id(0)
+    t_0, q_0, _, _, n_q = locate_tile(i_tile, cu_seqlens_ptr, num_seqs, T_q, T_q, 0, BQ, 1, PACKED)
+    o_t = t_0 + tl.arange(0, BQ)[:, None]
     o_n = tl.arange(0, NP)[None, :]
-    chosen = tl.where(o_n <= own_block[:, None], o_n, -1)
-    p_out = indices_ptr + row.to(tl.int64)[:, None] * N + o_n
-    tl.store(p_out, chosen, mask=(row < num_rows)[:, None] & (o_n < N))
+    chosen = tl.where(o_n <= (q_offset + o_t) // SELECT, o_n, -1)
+    p_out = indices_ptr + ((q_0 + o_t).to(tl.int64) * K + tl.program_id(1)) * N + o_n
+    tl.store(p_out, chosen, mask=(o_t < n_q) & (o_n < N))
 
 
 @triton.jit

@@ -120,6 +120,7 @@ class NativeSparseAttention(nn.Module):
         sin: Tensor,
         *,
         cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
         cache: LayerCache | None = None,
         rotary: Rotary | None = None,
         counts: list[int] | None = None,
@@ -132,6 +133,7 @@ class NativeSparseAttention(nn.Module):
                 ``[seq, rotary_dim]``.
             sin: like cos.
             cu_seqlens: int32 ``[num_seqs + 1]`` of packed sequences.
+            max_seqlen: tokens of the longest of them, or more; None if that is not known.
             cache: receives the new tokens; what it holds comes before them. A cache that holds
                 tokens already is for inference: no gradient reaches what it holds.
             rotary: gives cos and sin of the positions of new compressed blocks; required with a
@@ -162,7 +164,11 @@ class NativeSparseAttention(nn.Module):
         if cache is None or rotary is None:
             inputs = self.branch_inputs(hidden_states, cos, sin, cu_seqlens=cu_seqlens)
             o = ops.nsa_attention(
-                *inputs, config=self.config, cu_seqlens=cu_seqlens, recompute=self.recompute
+                *inputs,
+                config=self.config,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=max_seqlen,
+                recompute=self.recompute,
             )
         elif max(cache.seq_lens, default=0) == 0:
             o = self._prefill(hidden_states, cos, sin, cache, counts)

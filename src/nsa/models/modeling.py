@@ -110,6 +110,7 @@ class NSADecoderLayer(GradientCheckpointingLayer):
                 cos,
                 sin,
                 cu_seqlens=layout.cu_seqlens,
+                max_seqlen=layout.longest if layout.cu_seqlens is not None else None,
                 cache=cache,
                 rotary=rotary,
                 counts=layout.counts,

@@ -112,6 +112,25 @@ def queries(q: Tensor, cu_seqlens: Tensor | None, q_offset: int) -> None:
         )
 
 
+def longest(max_seqlen: int | None, cu_seqlens: Tensor | None) -> None:
+    """Of packed sequences only, and no less than the lengths say, which are read on a CPU only."""
+    if max_seqlen is None:
+        return
+    whole = isinstance(max_seqlen, int | torch.SymInt) and not isinstance(max_seqlen, bool)
+    if not whole or max_seqlen < 0 or cu_seqlens is None:
+        raise ValueError(
+            "max_seqlen: expected an int of at least 0 with packed sequences and None with a "
+            f"batch, got {max_seqlen!r}."
+        )
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        found = int(cu_seqlens.diff().max())
+        if found > max_seqlen:
+            raise ValueError(
+                f"max_seqlen: expected at least {found}, the longest sequence of cu_seqlens, got "
+                f"{max_seqlen}."
+            )
+
+
 def same_kind(name: str, x: Tensor, q: Tensor, like: str = "q") -> None:
     """Same rank, dtype, device and batch as the tensor that the caller knows as ``like``."""
     tensor(name, x)

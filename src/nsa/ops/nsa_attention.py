@@ -25,6 +25,7 @@ def nsa_attention(
     config: NSAConfig,
     softmax_scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     q_offset: int = 0,
     recompute: bool = False,
     backend: str | None = None,
@@ -48,6 +49,8 @@ def nsa_attention(
         cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed: where sequences
             start, from 0 to the number of tokens, never decreasing (read and checked on a CPU
             only).
+        max_seqlen: tokens of the longest packed sequence, or more; None if that is not known
+            without asking the device. Where all sequences fit the selection, none is computed.
         q_offset: position of the first query in its sequence (batches only).
         recompute: keep the lists of blocks and the log-sum-exps for the backward, and compute the
             branch outputs again there. It saves three tensors of o's size and costs most of a
@@ -70,6 +73,7 @@ def nsa_attention(
     checks.config(config)
     checks.flag("recompute", recompute)
     checks.queries(q, cu_seqlens, q_offset)
+    checks.longest(max_seqlen, cu_seqlens)
     checks.gates(gates, q)
     checks.keys_values(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"))
     for k, v, names in ((k_slc, v_slc, ("k_slc", "v_slc")), (k_win, v_win, ("k_win", "v_win"))):
@@ -92,6 +96,7 @@ def nsa_attention(
         cu_seqlens,
         geometry_of(config),
         checks.scale(softmax_scale, q.shape[-1]),
+        max_seqlen,
         q_offset,
         keep,
         resolve_backend(q, backend, v_cmp.shape[-1]),
@@ -115,6 +120,7 @@ def nsa_attention_fwd(
     cu_seqlens: Tensor | None,
     geometry: list[int],
     softmax_scale: float,
+    max_seqlen: int | None,
     q_offset: int,
     keep: int,
     backend: str,
@@ -135,6 +141,7 @@ def nsa_attention_fwd(
         cu_seqlens=cu_seqlens,
         config=config_from(geometry),
         softmax_scale=softmax_scale,
+        max_seqlen=max_seqlen,
         q_offset=q_offset,
         save=keep != NOTHING,
     )
@@ -169,6 +176,7 @@ def _(
     cu_seqlens,
     geometry,
     softmax_scale,
+    max_seqlen,
     q_offset,
     keep,
     backend,
@@ -195,13 +203,19 @@ def nsa_attention_bwd(
     cu_seqlens: Tensor | None,
     geometry: list[int],
     softmax_scale: float,
+    max_seqlen: int | None,
     q_offset: int,
     keep: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the eight tensors."""
     code, config = implementation(backend), config_from(geometry)
-    where = {"cu_seqlens": cu_seqlens, "softmax_scale": softmax_scale, "q_offset": q_offset}
+    where = {
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": max_seqlen,
+        "softmax_scale": softmax_scale,
+        "q_offset": q_offset,
+    }
     if keep == LISTS:
         indices, _, lse_cmp, _, lse_slc, _, lse_win = saved
         o_cmp, o_slc, o_win = code.branch_outputs(
@@ -239,6 +253,7 @@ def _(
     cu_seqlens,
     geometry,
     softmax_scale,
+    max_seqlen,
     q_offset,
     keep,
     backend,
@@ -248,8 +263,8 @@ def _(
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    *tensors, cu_seqlens, geometry, softmax_scale, q_offset, keep, backend = inputs
-    ctx.constants = (geometry, softmax_scale, q_offset, keep, backend)
+    *tensors, cu_seqlens, geometry, softmax_scale, max_seqlen, q_offset, keep, backend = inputs
+    ctx.constants = (geometry, softmax_scale, max_seqlen, q_offset, keep, backend)
     ctx.save_for_backward(*tensors, *output[1:], cu_seqlens)
 
 

@@ -20,6 +20,7 @@ def select_blocks(
     config: NSAConfig,
     softmax_scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     q_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
@@ -38,6 +39,8 @@ def select_blocks(
         cu_seqlens: int32 ``[num_seqs + 1]``, exactly when q is packed: where sequences
             start, from 0 to the number of tokens, never decreasing (read and checked on a CPU
             only).
+        max_seqlen: tokens of the longest packed sequence, or more; None if that is not known
+            without asking the device. Where all sequences fit the selection, none is computed.
         q_offset: position of the first query in its sequence (batches only).
         backend: ``"reference"`` or ``"kernel"``; by device if None.
 
@@ -55,6 +58,7 @@ def select_blocks(
     """
     checks.config(config)
     checks.queries(q, cu_seqlens, q_offset)
+    checks.longest(max_seqlen, cu_seqlens)
     checks.keys_values(q, k_cmp, k_cmp, ("k_cmp", "k_cmp"))
     checks.compressed_keys(
         q,
@@ -73,6 +77,7 @@ def select_blocks(
         cu_seqlens,
         geometry_of(config),
         checks.scale(softmax_scale, q.shape[-1]),
+        max_seqlen,
         q_offset,
         resolve_backend(q, backend),
     )
@@ -86,6 +91,7 @@ def select_blocks_fwd(
     cu_seqlens: Tensor | None,
     geometry: list[int],
     softmax_scale: float,
+    max_seqlen: int | None,
     q_offset: int,
     backend: str,
 ) -> Tensor:
@@ -97,12 +103,13 @@ def select_blocks_fwd(
         config=config_from(geometry),
         softmax_scale=softmax_scale,
         cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
         q_offset=q_offset,
     )
 
 
 @select_blocks_fwd.register_fake
-def _(q, k_cmp, lse, cu_seqlens, geometry, softmax_scale, q_offset, backend):
+def _(q, k_cmp, lse, cu_seqlens, geometry, softmax_scale, max_seqlen, q_offset, backend):
     n = config_from(geometry).num_selected_blocks
     return q.new_empty((*q.shape[:-2], k_cmp.shape[-2], n), dtype=torch.int32)
 

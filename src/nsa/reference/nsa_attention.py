@@ -26,6 +26,7 @@ def nsa_attention_fwd(
     config: NSAConfig,
     softmax_scale: float,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     q_offset: int = 0,
     save: bool = True,
 ) -> tuple[Tensor, ...]:
@@ -64,6 +65,7 @@ def branch_outputs(
     config: NSAConfig,
     softmax_scale: float,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     q_offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(o_cmp, o_slc, o_win)`` of a choice already made: what a backward computes again."""
@@ -98,6 +100,7 @@ def nsa_attention_bwd(
     config: NSAConfig,
     softmax_scale: float,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     q_offset: int = 0,
 ) -> tuple[Tensor, ...]:
     """Gradients of the eight inputs in their order; ``saved`` is what followed ``o``.

@@ -23,6 +23,7 @@ def select_blocks(
     config: NSAConfig,
     softmax_scale: float,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     q_offset: int = 0,
 ) -> Tensor:
     """See ``nsa.ops.select_blocks``; returns int32 ``block_indices``."""

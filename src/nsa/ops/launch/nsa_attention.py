@@ -25,16 +25,17 @@ def nsa_attention_fwd(
     config: NSAConfig,
     softmax_scale: float,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     q_offset: int = 0,
     save: bool = True,
 ) -> tuple[Tensor, ...]:
     """``(o, block_indices, o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win)``, or ``(o,)``."""
     common = {"softmax_scale": softmax_scale, "cu_seqlens": cu_seqlens, "q_offset": q_offset}
     o_cmp, lse_cmp = _compressed(q, k_cmp, v_cmp, config, common)
-    indices = select_blocks(q, k_cmp, lse_cmp, config=config, **common)
+    indices = select_blocks(q, k_cmp, lse_cmp, config=config, max_seqlen=max_seqlen, **common)
     out = token_attention_fwd(
         q,
-        (k_slc, v_slc, None if covers(q, config, q_offset) else indices),
+        (k_slc, v_slc, None if covers(q, config, max_seqlen, q_offset) else indices),
         (k_win, v_win),
         gates,
         o_cmp,
@@ -62,6 +63,7 @@ def branch_outputs(
     config: NSAConfig,
     softmax_scale: float,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     q_offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(o_cmp, o_slc, o_win)`` of a choice already made."""
@@ -69,7 +71,7 @@ def branch_outputs(
     o_cmp, _ = _compressed(q, k_cmp, v_cmp, config, common)
     out = token_attention_fwd(
         q,
-        (k_slc, v_slc, None if covers(q, config, q_offset) else block_indices),
+        (k_slc, v_slc, None if covers(q, config, max_seqlen, q_offset) else block_indices),
         (k_win, v_win),
         block_size=config.block_size,
         window_size=config.window_size,
@@ -93,6 +95,7 @@ def nsa_attention_bwd(
     config: NSAConfig,
     softmax_scale: float,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     q_offset: int = 0,
 ) -> tuple[Tensor, ...]:
     """Gradients of the eight inputs in their order; ``saved`` is what followed ``o``."""
@@ -106,7 +109,7 @@ def nsa_attention_bwd(
         q_offset=q_offset,
         cu_seqlens=cu_seqlens,
     )
-    chosen = None if covers(q, config, q_offset) else indices
+    chosen = None if covers(q, config, max_seqlen, q_offset) else indices
     branches = {
         "cmp": Branch(k=k_cmp, v=v_cmp, o=o_cmp, lse=lse_cmp),
         "slc": Branch(k=k_slc, v=v_slc, o=o_slc, lse=lse_slc, block_indices=chosen),

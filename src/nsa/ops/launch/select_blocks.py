@@ -29,6 +29,7 @@ from nsa.ops.launch.tuned import Tile, tile
 
 SCORE_BYTES = 1 << 28  # of the score buffers of one chunk of queries
 SCORES_PER_WARP = 2048  # of a query's, that registers hold
+TOKENS_FILLED = 64  # whose choice one program writes, where it is all candidates
 
 
 class Union(NamedTuple):
@@ -39,27 +40,30 @@ class Union(NamedTuple):
     counts: Tensor
 
 
-def covers(q: Tensor, config: NSAConfig, q_offset: int) -> bool:
+def covers(q: Tensor, config: NSAConfig, max_seqlen: int | None, q_offset: int) -> bool:
     """Whether every query's candidates fit its list, so that selection is causal attention."""
-    return q_offset + q.shape[-3] <= config.num_selected_blocks * config.block_size
+    longest = q.shape[-3] if max_seqlen is None else max_seqlen
+    return q_offset + longest <= config.num_selected_blocks * config.block_size
 
 
-def _all_candidates(indices: Tensor, config: NSAConfig, q_offset: int, BM=64) -> Tensor:
+def _all_candidates(
+    indices: Tensor, q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig, q_offset: int
+) -> Tensor:
     """Fills in what ``select_blocks`` gives where the candidates fit the list."""
     num_kv_heads, n = indices.shape[-2:]
-    num_rows = indices.numel() // n
+    tiles = QueryTiles.of(q, cu_seqlens, TOKENS_FILLED)
     launch(
         all_blocks_kernel,
-        (ceil_div(num_rows, BM),),
+        (tiles.num_tiles, num_kv_heads),
         indices_ptr=indices,
-        T_q=indices.shape[1],
+        **tiles.arguments(),
+        T_q=q.shape[-3],
         q_offset=q_offset,
-        num_rows=num_rows,
         K=num_kv_heads,
         N=n,
         SELECT=config.block_size,
         NP=next_power_of_2(n),
-        BM=BM,
+        BQ=tiles.tokens,
         num_warps=4,
     )
     return indices
@@ -73,6 +77,7 @@ def select_blocks(
     config: NSAConfig,
     softmax_scale: float,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     q_offset: int = 0,
 ) -> Tensor:
     """``block_indices``."""
@@ -80,8 +85,8 @@ def select_blocks(
     indices = q.new_empty((*q.shape[:-2], num_kv_heads, n), dtype=torch.int32)
     if q.numel() == 0:
         return indices
-    if q.dim() == 4 and covers(q, config, q_offset):
-        return _all_candidates(indices, config, q_offset)
+    if covers(q, config, max_seqlen, q_offset):
+        return _all_candidates(indices, q, cu_seqlens, config, q_offset)
     indices.fill_(-1)
     q, lse = q.contiguous(), lse.contiguous()
     k_cmp = reachable(k_cmp, q, q_offset, config.compress_block_size, config.compress_stride)

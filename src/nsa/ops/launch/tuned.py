@@ -81,18 +81,19 @@ def _measured(kernel: str, sizes: dict[str, int], like: Tensor) -> Tile | None:
     if like.element_size() != 2:
         return None
     widths, group = (sizes["DKP"], sizes.get("DVP", 0)), sizes["GP"]
-    measured = {
-        entry["group"]: Tile(*entry["tile"])
+    fitting = [
+        entry
         for entry in table(f"sm{capability(like)}0").get(kernel, [])
         if widths == (entry["key_dim"], entry["value_dim"]) and group <= entry["tile"][0]
-    }
-    # In doublings; the larger one of two.
+    ]
+    if not fitting:
+        return None
+    doublings = group.bit_length()
+    # Of two that are as near, the larger one.
     nearest = min(
-        measured,
-        key=lambda other: (abs(other.bit_length() - group.bit_length()), -other),
-        default=None,
+        fitting, key=lambda entry: (abs(entry["group"].bit_length() - doublings), -entry["group"])
     )
-    return measured.get(nearest)
+    return Tile(*nearest["tile"])
 
 
 def _safe(sizes: dict[str, int], like: Tensor) -> Tile:
