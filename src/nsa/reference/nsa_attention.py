@@ -1,4 +1,7 @@
-"""The whole of eq. 5 after projection and compression: three branches and their gated sum."""
+"""The whole of eq. 5 after projection and compression: three branches and their gated sum.
+
+``max_seqlen`` spares kernels a choice of blocks that would be all of them. Here it changes nothing.
+"""
 
 from __future__ import annotations
 

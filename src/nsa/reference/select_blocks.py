@@ -26,7 +26,10 @@ def select_blocks(
     max_seqlen: int | None = None,
     q_offset: int = 0,
 ) -> Tensor:
-    """See ``nsa.ops.select_blocks``; returns int32 ``block_indices``."""
+    """See ``nsa.ops.select_blocks``; returns int32 ``block_indices``.
+
+    ``max_seqlen`` changes nothing here.
+    """
 
     def batched(q: Tensor, k_cmp: Tensor, lse: Tensor) -> tuple[Tensor]:
         num_kv_heads = k_cmp.shape[2]
