@@ -160,6 +160,8 @@ def check_short_sequences(check: Callable, kernels: Callable) -> None:
     case = Case(name="short-sequences", lengths=(24, 0, 1, 24, 17, 23), packed=True, dv=7)
     with mock.patch.object(SELECT_BLOCKS, "_top_blocks") as scored:
         check(functools.partial(kernels, max_seqlen=24), case)
+        few = replace(case, lengths=(7, 0, 17))  # All together, whatever is said.
+        check(functools.partial(kernels, max_seqlen=1000), few)
     assert not scored.called
     with mock.patch.object(SELECT_BLOCKS, "_top_blocks", wraps=_top_blocks) as scored:
         check(functools.partial(kernels, max_seqlen=25), case)

@@ -42,7 +42,7 @@ class Union(NamedTuple):
 
 def covers(q: Tensor, config: NSAConfig, max_seqlen: int | None, q_offset: int) -> bool:
     """Whether every query's candidates fit its list, so that selection is causal attention."""
-    longest = q.shape[-3] if max_seqlen is None else max_seqlen
+    longest = q.shape[-3] if max_seqlen is None else min(q.shape[-3], max_seqlen)
     return q_offset + longest <= config.num_selected_blocks * config.block_size
 
 
