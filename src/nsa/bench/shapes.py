@@ -89,39 +89,26 @@ SHAPES = {
             seq_lens=(1 << 20,),
         ),
         # The same query heads in groups of any size: fewer share what is read. Also at the paper's
-        # widths and at narrow ones, in groups that Hopper's own kernels do not take.
+        # widths and at narrow ones, in groups that Hopper's own kernels do not take. And groups of
+        # no power of two, which tiles pad.
         *(
             Shape(
-                name=f"{name}-{size}",
-                num_heads=32,
-                num_kv_heads=32 // size,
+                name=f"{widths}{name}-{size}",
+                num_heads=num_heads,
+                num_kv_heads=num_heads // size,
                 key_dim=key_dim,
                 value_dim=value_dim,
                 seq_lens=(65536,),
             )
-            for name, key_dim, value_dim, sizes in (
-                ("group", 128, 128, (1, 2, 4, 8)),
-                ("wide-group", 192, 128, (1, 2, 4)),
-                ("narrow-group", 64, 64, (1, 2, 4)),
+            for widths, key_dim, value_dim, sizes in (
+                ("", 128, 128, (1, 2, 4, 8)),
+                ("wide-", 192, 128, (1, 2, 4)),
+                ("narrow-", 64, 64, (1, 2, 4)),
             )
-            for size in sizes
-        ),
-        # Groups of no power of two, which tiles pad.
-        *(
-            Shape(
-                name=f"{name}-{size}",
-                num_heads=max(24, size),
-                num_kv_heads=max(24, size) // size,
-                key_dim=key_dim,
-                value_dim=value_dim,
-                seq_lens=(65536,),
+            for name, num_heads, size in (
+                *(("group", 32, size) for size in sizes),
+                *(("padded-group", max(24, size), size) for size in (12, 24, 48)),
             )
-            for name, key_dim, value_dim in (
-                ("padded-group", 128, 128),
-                ("wide-padded-group", 192, 128),
-                ("narrow-padded-group", 64, 64),
-            )
-            for size in (12, 24, 48)
         ),
     )
 }

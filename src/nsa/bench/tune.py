@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -237,13 +238,13 @@ def best_tile(
     """
     tunable = TUNABLES[kernel]
     step = steps[tunable.step]
+    say = partial(console.print, highlight=False, soft_wrap=True)
     like = {**like, "value_dim": 0} if kernel == "block_scores" else like
     times = kernel_times(step, device)
     if kernel_ms(times, tunable.function) is None:
         other = kernel_ms(times, tunable.hopper) is not None
         reason = f": {tunable.hopper} takes them" if other else ""
-        line = f"{kernel} {like}: not started on these sizes{reason}"
-        console.print(line, highlight=False, soft_wrap=True)
+        say(f"{kernel} {like}: not started on these sizes{reason}")
         return None
     expected, current = step(), tile_in_use(kernel, like, device)
     others = (tuned.fitted(kernel, Tile(*tile), like["group"]) for tile in tunable.tiles)
@@ -255,8 +256,7 @@ def best_tile(
             timed[candidate] = result
             result = f"{significant(result)} ms"
         mark = " (in use)" if candidate == current else ""
-        line = f"{kernel} {like} {list(candidate)}{mark}: {result}"
-        console.print(line, highlight=False, soft_wrap=True)
+        say(f"{kernel} {like} {list(candidate)}{mark}: {result}")
     if not timed:
         return None
     tile = fastest(timed, current)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache
 
 from nsa.models.batching import find_packing
-from nsa.ops.checks import describe
+from nsa.ops.checks import describe, readable
 
 # What callers of transformers' models pass along, and what needs no action here.
 _ACCEPTED = frozenset(
@@ -65,7 +65,7 @@ def check_ids(name: str, ids: Tensor, vocab_size: int, *, ignored: int = 0) -> N
             "give one text the shape [1, seq]."
         )
     # On a GPU the embedding itself asserts, and asking here would wait for the GPU.
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(ids):
         outside = ((ids < 0) | (ids >= vocab_size)) & (ids != ignored)
         if bool(outside.any()):
             raise ValueError(

@@ -28,6 +28,16 @@ def scale(softmax_scale: float | None, head_dim: int) -> float:
     return float(softmax_scale)
 
 
+def readable(x: Tensor) -> bool:
+    """Whether values can be read: on a GPU that would wait for it, while tracing there are none."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _is_whole(x: object) -> bool:
+    """An int, or one that a traced graph leaves open."""
+    return isinstance(x, int | torch.SymInt) and not isinstance(x, bool)
+
+
 def tensor(name: str, x: object) -> None:
     """A tensor, not a list or an array."""
     if not isinstance(x, Tensor):
@@ -67,11 +77,7 @@ def mode(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def packed_lengths(cu_seqlens: Tensor | None, name: str, x: Tensor) -> None:
-    """int32 ``[num_seqs + 1]``, from 0 to the number of tokens, not decreasing.
-
-    The values are read on the CPU only: elsewhere, and while a graph is being traced, reading them
-    would wait for the device.
-    """
+    """int32 ``[num_seqs + 1]``, from 0 to the number of tokens, not decreasing, if ``readable``."""
     num_tokens = x.shape[0]
     if cu_seqlens is None:
         raise ValueError(
@@ -89,7 +95,7 @@ def packed_lengths(cu_seqlens: Tensor | None, name: str, x: Tensor) -> None:
             f"cu_seqlens: expected on {x.device} like {name}, got {cu_seqlens.device}. Move it "
             "with .to()."
         )
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+    if not readable(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != num_tokens:
@@ -104,8 +110,7 @@ def packed_lengths(cu_seqlens: Tensor | None, name: str, x: Tensor) -> None:
 def queries(q: Tensor, cu_seqlens: Tensor | None, q_offset: int) -> None:
     """Queries are a batch or packed; an offset is for batches only."""
     mode("q", q, cu_seqlens)
-    whole = isinstance(q_offset, int | torch.SymInt) and not isinstance(q_offset, bool)
-    if not whole or q_offset < 0 or (q_offset and q.dim() == 3):
+    if not _is_whole(q_offset) or q_offset < 0 or (q_offset and q.dim() == 3):
         raise ValueError(
             "q_offset: expected an int, 0 with packed sequences and at least 0 with a batch, "
             f"got {q_offset!r}."
@@ -113,16 +118,15 @@ def queries(q: Tensor, cu_seqlens: Tensor | None, q_offset: int) -> None:
 
 
 def longest(max_seqlen: int | None, cu_seqlens: Tensor | None) -> None:
-    """Of packed sequences only, and no less than the lengths say, which are read on a CPU only."""
+    """Of packed sequences only, and no less than the lengths say, if those are ``readable``."""
     if max_seqlen is None:
         return
-    whole = isinstance(max_seqlen, int | torch.SymInt) and not isinstance(max_seqlen, bool)
-    if not whole or max_seqlen < 0 or cu_seqlens is None:
+    if not _is_whole(max_seqlen) or max_seqlen < 0 or cu_seqlens is None:
         raise ValueError(
             "max_seqlen: expected an int of at least 0 with packed sequences and None with a "
             f"batch, got {max_seqlen!r}."
         )
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(cu_seqlens):
         found = int(cu_seqlens.diff().max())
         if found > max_seqlen:
             raise ValueError(

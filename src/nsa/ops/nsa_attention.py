@@ -50,7 +50,7 @@ def nsa_attention(
             start, from 0 to the number of tokens, never decreasing (read and checked on a CPU
             only).
         max_seqlen: tokens of the longest packed sequence, or more; None if that is not known
-            without asking the device. Where all sequences fit the selection, none is computed.
+            without asking the device. Where all fit the selection, kernels need not choose.
         q_offset: position of the first query in its sequence (batches only).
         recompute: keep the lists of blocks and the log-sum-exps for the backward, and compute the
             branch outputs again there. It saves three tensors of o's size and costs most of a

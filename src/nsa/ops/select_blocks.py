@@ -40,7 +40,7 @@ def select_blocks(
             start, from 0 to the number of tokens, never decreasing (read and checked on a CPU
             only).
         max_seqlen: tokens of the longest packed sequence, or more; None if that is not known
-            without asking the device. Where all sequences fit the selection, none is computed.
+            without asking the device. Where all fit the selection, kernels need not choose.
         q_offset: position of the first query in its sequence (batches only).
         backend: ``"reference"`` or ``"kernel"``; by device if None.
 
