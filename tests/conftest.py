@@ -9,6 +9,12 @@ import pytest
 
 # cuBLAS reads this once, before its first call; deterministic mode needs it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# So does OpenMP this. Processes side by side share the cores (`pytest -n`): with a thread for every
+# core in each of them, the oracle's small operations take twice as long on two cores, and many
+# times as long on 32. The process that starts them loads this too, and must not say it for them.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
 
 import torch
 from hypothesis import HealthCheck, settings
