@@ -5,6 +5,7 @@ from nsa.bench.shapes import SHAPES
 from nsa.config import NSAConfig
 
 SMALL = (1, 2, 4)
+ALL = (*SMALL, 8)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -24,24 +25,23 @@ def test_the_paper_shape_is_the_papers():
 
 
 def test_groups_share_the_query_heads():
-    for name, sizes in (("group", (1, 2, 4, 8)), ("wide-group", SMALL), ("narrow-group", SMALL)):
+    for widths, sizes in (("", ALL), ("wide-", SMALL), ("narrow-", SMALL), ("broad-", ALL)):
         for size in sizes:
-            shape = SHAPES[f"{name}-{size}"]
+            shape = SHAPES[f"{widths}group-{size}"]
             assert (shape.num_heads, shape.num_heads // shape.num_kv_heads) == (32, size)
+        for size in (12, 24, 48):
+            shape = SHAPES[f"{widths}padded-group-{size}"]
+            assert shape.num_heads // shape.num_kv_heads == size
 
 
 def test_all_points_of_a_curve_over_groups_are_one_layer():
     """Of the README's tables and picture, which take rows by the name of their shape."""
     grouped = [shape for shape in SHAPES.values() if is_grouped({"shape": shape.name})]
     widths = {(shape.key_dim, shape.value_dim) for shape in grouped}
-    assert len(grouped) == len({(shape.key_dim, shape.num_kv_heads) for shape in grouped})
-    alike = {(s.num_heads, s.key_dim, s.value_dim, s.seq_lens, s.config) for s in grouped}
-    assert len(alike) == len(widths) == 3
-    for widths in ("", "wide-", "narrow-"):
-        for size in (12, 24, 48):
-            shape = SHAPES[f"{widths}padded-group-{size}"]
-            assert shape.num_heads // shape.num_kv_heads == size
-            assert not is_grouped({"shape": shape.name})
+    points = {(s.key_dim, s.num_heads // s.num_kv_heads) for s in grouped}
+    assert len(points) == len(grouped) == 26
+    alike = {(s.key_dim, s.value_dim, s.seq_lens, s.config) for s in grouped}
+    assert len(alike) == len(widths) == 4
 
 
 def test_the_longest_shape_has_a_million_tokens():

@@ -255,15 +255,42 @@ def test_an_entry_replaces_that_of_its_sizes():
 def test_other_groups_take_the_tile_of_the_nearest_that_has_rows_for_them(
     monkeypatch, table, group, found
 ):
-    """Past every tile it is the safe one. Other widths have tiles of their own."""
+    """Past every tile it is the safe one. Narrower widths have tiles of their own."""
     monkeypatch.setattr(tuned, "capability", lambda _: 7)
     table["dq"] = [
-        {**LIKE, "key_dim": 256, "group": 4, "tile": [64, 1, 1, 1]},
+        {**LIKE, "key_dim": 64, "group": 4, "tile": [64, 1, 1, 1]},
         {**LIKE, "group": 2, "tile": [16, 2, 2, 2]},
         {**LIKE, "group": 8, "tile": [32, 8, 8, 8]},
     ]
     half = torch.empty(1, dtype=torch.bfloat16)
     assert tuned.tile("dq", {"GP": group, "DKP": 128, "DVP": 128}, half) == found
+
+
+@pytest.mark.parametrize(
+    ("widths", "group", "found"),
+    [
+        pytest.param((128, 64), 1, Tile(16, 1, 1, 1), id="next-wider"),
+        pytest.param((16, 16), 1, Tile(16, 1, 1, 1), id="far-narrower"),
+        pytest.param((128, 128), 16, Tile(16, 1, 1, 1), id="measured"),
+        pytest.param((128, 256), 16, Tile(16, 3, 3, 3), id="wider-values"),
+        pytest.param((256, 32), 16, Tile(16, 2, 2, 2), id="wider-keys"),
+        pytest.param((16, 16), 32, Tile(64, 3, 3, 3), id="wider-with-rows-for-the-group"),
+        pytest.param((512, 16), 16, Tile(16, 16, 4, 1), id="wider-than-any"),
+    ],
+)
+def test_widths_that_were_not_measured_take_the_tile_of_wider_ones(
+    monkeypatch, table, widths, group, found
+):
+    monkeypatch.setattr(tuned, "capability", lambda _: 7)
+    table["dq"] = [
+        {"key_dim": 256, "value_dim": 256, "group": 1, "tile": [64, 3, 3, 3]},
+        {"key_dim": 256, "value_dim": 256, "group": 16, "tile": [16, 3, 3, 3]},
+        {"key_dim": 256, "value_dim": 128, "group": 16, "tile": [16, 2, 2, 2]},
+        {"key_dim": 128, "value_dim": 128, "group": 16, "tile": [16, 1, 1, 1]},
+    ]
+    half = torch.empty(1, dtype=torch.bfloat16)
+    sizes = {"GP": group, "DKP": widths[0], "DVP": widths[1]}
+    assert tuned.tile("dq", sizes, half) == found
 
 
 def test_a_tile_without_rows_for_the_group_is_not_the_nearest(monkeypatch, table):

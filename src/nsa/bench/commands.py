@@ -22,8 +22,8 @@ BenchShape = Annotated[
     str | None,
     typer.Option(
         help="tiny, laptop, 100m, paper-d128, paper, million, group-1, -2, -4, -8, "
-        "padded-group-12, -24, -48; wide-group-1, -2, -4, wide-padded-group-12, -24, -48, the same "
-        "with narrow-."
+        "padded-group-12, -24, -48, the same with broad-; wide-group-1, -2, -4, "
+        "wide-padded-group-12, -24, -48, the same with narrow-."
     ),
 ]
 

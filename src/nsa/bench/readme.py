@@ -91,7 +91,7 @@ def graphs_table(root: Path) -> str:
 
 
 def groups_table(root: Path) -> str:
-    """The same query heads in groups of several sizes, narrow heads first."""
+    """Groups of several sizes, narrow heads first."""
     rows = [row for row in _rows(root) if is_grouped(row)]
     if not rows:
         return MISSING
@@ -251,7 +251,8 @@ def _widths(row: Row) -> tuple[int, int]:
 
 def _caption(rows: list[Row], heads: bool = True) -> str:
     last = rows[-1]
-    layer = f"{last['num_heads']} query "
+    counts = sorted({row["num_heads"] for row in rows})
+    layer = f"{counts[0]} query " if len(counts) == 1 else f"{counts[0]} to {counts[-1]} query "
     layer += (
         f"and {last['num_kv_heads']} kv heads" if heads else f"heads, {last['seq_len']:,} tokens"
     )

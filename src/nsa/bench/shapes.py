@@ -89,8 +89,8 @@ SHAPES = {
             seq_lens=(1 << 20,),
         ),
         # The same query heads in groups of any size: fewer share what is read. Also at the paper's
-        # widths and at narrow ones, in groups that Hopper's own kernels do not take. And groups of
-        # no power of two, which tiles pad.
+        # widths and at narrow ones, in groups that Hopper's own kernels do not take, and at broad
+        # ones, which they do not take at all. And groups of no power of two, which tiles pad.
         *(
             Shape(
                 name=f"{widths}{name}-{size}",
@@ -104,6 +104,7 @@ SHAPES = {
                 ("", 128, 128, (1, 2, 4, 8)),
                 ("wide-", 192, 128, (1, 2, 4)),
                 ("narrow-", 64, 64, (1, 2, 4)),
+                ("broad-", 256, 256, (1, 2, 4, 8)),
             )
             for name, num_heads, size in (
                 *(("group", 32, size) for size in sizes),

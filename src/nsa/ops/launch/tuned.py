@@ -3,7 +3,8 @@
 ``nsa bench tune`` writes the tables; nothing is tuned on a user's machine, and sizes without a
 measured tile are logged once (level info). A table lists, for each kernel, entries of
 ``{"key_dim", "value_dim", "group", "tile": [BM, BN, num_warps, num_stages]}``. Dims and group are
-padded to powers of two. Groups that were not measured take the tile of the nearest that was.
+padded to powers of two. Widths that were not measured take the tile of the next wider ones, which
+fits them too; groups that of the nearest one.
 """
 
 from __future__ import annotations
@@ -74,26 +75,30 @@ def _major(device: torch.device) -> int:
 
 
 def _measured(kernel: str, sizes: dict[str, int], like: Tensor) -> Tile | None:
-    """That of the nearest group size with the same widths.
+    """That of the least widths that hold these, and there of the nearest group size.
 
     A tile with fewer rows than the group has heads would get rows that no one measured.
     """
     if like.element_size() != 2:
         return None
-    widths, group = (sizes["DKP"], sizes.get("DVP", 0)), sizes["GP"]
+    key_dim, value_dim, group = sizes["DKP"], sizes.get("DVP", 0), sizes["GP"]
+
+    def distance(entry: dict) -> tuple[int, int, int]:
+        """Doublings of the widths, of the group; of two groups as near, the larger one is taken."""
+        wider = doublings(entry["key_dim"], key_dim) + doublings(entry["value_dim"], value_dim)
+        return wider, abs(doublings(entry["group"], group)), -entry["group"]
+
+    def doublings(to: int, start: int) -> int:
+        return to.bit_length() - start.bit_length()
+
     fitting = [
         entry
         for entry in table(f"sm{capability(like)}0").get(kernel, [])
-        if widths == (entry["key_dim"], entry["value_dim"]) and group <= entry["tile"][0]
+        if key_dim <= entry["key_dim"]
+        and value_dim <= entry["value_dim"]
+        and group <= entry["tile"][0]
     ]
-    if not fitting:
-        return None
-    doublings = group.bit_length()
-    # Of two that are as near, the larger one.
-    nearest = min(
-        fitting, key=lambda entry: (abs(entry["group"].bit_length() - doublings), -entry["group"])
-    )
-    return Tile(*nearest["tile"])
+    return Tile(*min(fitting, key=distance)["tile"]) if fitting else None
 
 
 def _safe(sizes: dict[str, int], like: Tensor) -> Tile:
