@@ -42,11 +42,13 @@ USED = Tile(16, 16, 1, 1)
 
 
 def try_tiles(monkeypatch, results, kernel="dq", used=9.0, like=LIKE):
-    """``results``: milliseconds of each tile, or what running it raises or returns.
+    """``results``: milliseconds of the first tiles, or what running one raises or returns.
 
     ``used``: milliseconds of the tile in use.
     """
     tunable = TUNABLES[kernel]
+    tunable = tunable._replace(tiles=tunable.tiles[: len(results)])
+    monkeypatch.setitem(TUNABLES, kernel, tunable)
     outcomes = {USED: used, **dict(zip(map(Tile._make, tunable.tiles), results, strict=True))}
     tuned.table("sm70")[kernel] = [{**like, "tile": list(USED)}]
     if kernel == "block_scores":

@@ -57,12 +57,12 @@ class Layer:
 
 
 # Query and kv heads of groups that run the kernels of all GPUs on Hopper too.
-PADDED_OR_SMALL = {1: (32, 32), 2: (32, 16), 4: (32, 8), 12: (24, 2), 24: (24, 1), 48: (48, 1)}
+SMALL = {1: (32, 32), 2: (32, 16), 4: (32, 8)}
 # The paper's shape; it at the width that dense kernels support, also with so few tokens that all
 # blocks are selected, and with many such sequences packed; packed, first a layer of
 # configs/100m-16k.yaml; with groups so large that a step has a part of the heads of a token; a
-# single row, since Triton makes a constant of an integer argument of 1; and at three widths groups
-# that are small, so that tiles hold many tokens, or that tiles pad.
+# single row, since Triton makes a constant of an integer argument of 1; groups that tiles pad; and
+# at three widths groups that are small, so that tiles hold many tokens.
 LAYERS = {
     "paper-d128": Layer(heads=(64, 4), dims=(128, 128)),
     "short-d128": Layer(heads=(64, 4), dims=(128, 128), seq_len=1024),
@@ -72,10 +72,13 @@ LAYERS = {
     "group1-d64-packed": Layer(heads=(8, 8), dims=(64, 64), packed=True),
     "group64-d128": Layer(heads=(64, 1), dims=(128, 128)),
     "one-row": Layer(heads=(1, 1), dims=(64, 64), seq_len=1),
+    "group7-d128": Layer(heads=(28, 4), dims=(128, 128)),
+    "group24-d128": Layer(heads=(24, 1), dims=(128, 128)),
+    "group48-d64-packed": Layer(heads=(48, 1), dims=(64, 64), packed=True),
     **{
         f"group{group}-d{key_dim}": Layer(heads=heads, dims=(key_dim, value_dim))
         for key_dim, value_dim in ((64, 64), (128, 128), (192, 128))
-        for group, heads in PADDED_OR_SMALL.items()
+        for group, heads in SMALL.items()
     },
 }
 TRAINING = ("compress", "compress-backward", "forward", "backward")
@@ -92,7 +95,6 @@ ALONE = (
 # Layers of which only the kernels in the launch table are compiled: others do not differ much from
 # layer to layer, and each takes seconds.
 TILES_ONLY = {"group1-d64", "group4-d64"}
-TILES_ONLY |= {f"group{group}-d{key_dim}" for group in (24, 48) for key_dim in (64, 128, 192)}
 # For each layer and architecture, the steps that are compiled.
 COMPILED = {
     ("paper-d128", 90): (*TRAINING, *ALONE),
@@ -104,10 +106,13 @@ COMPILED = {
     ("group1-d64-packed", 90): TRAINING,
     ("group64-d128", 90): ("forward", "backward"),
     ("one-row", 90): ("forward", "backward"),
+    ("group7-d128", 90): ("forward", "backward"),
+    ("group24-d128", 90): ("forward", "backward"),
+    ("group48-d64-packed", 90): ("forward", "backward"),
     **{
         (f"group{group}-d{key_dim}", 90): ("forward", "backward")
         for key_dim in (64, 128, 192)
-        for group in PADDED_OR_SMALL
+        for group in SMALL
     },
 }
 

@@ -68,6 +68,7 @@ def main() -> None:
     run(1101, (16, 1), (192, 128), cu_seqlens=[0, 0, 1, 700, 1101])
     run(1101, (16, 2), (64, 64), kind="mean")
     run(1040, (12, 1), (96, 64), kind="gated")
+    run(1040, (10, 2), (128, 64))
     run(1040, (4, 1), (64, 64), dtype=torch.float32)
     torch.cuda.synchronize()
 

@@ -28,6 +28,7 @@ COMPILED = [
         name="group-16", lengths=(), group=16, kv_heads=1, dk=128, dv=128, config=NSAConfig.tiny()
     ),
     Case(name="hopper", lengths=(), group=8, kv_heads=2, dk=128, dv=64, config=PAPER),
+    Case(name="hopper-padded", lengths=(), group=5, kv_heads=2, dk=64, dv=128, config=PAPER),
     Case(
         name="wide-keys", lengths=(), group=4, kv_heads=1, dk=192, dv=128, config=NSAConfig.tiny()
     ),
@@ -125,6 +126,7 @@ LONG = [
     Case(name="group-4", lengths=(1301,), group=4, dk=128, dv=128),
     Case(name="group-1", lengths=(2049,), group=1, kv_heads=3, dk=64, dv=64),
     Case(name="group-12", lengths=(1201,), group=12, kv_heads=1, dk=128, dv=128),
+    Case(name="group-7", lengths=(1203, 0, 1, 517), packed=True, group=7, dk=128, dv=128),
     Case(name="wide-group-1", lengths=(1301,), group=1, kv_heads=3, dk=192, dv=128),
     Case(name="wide-group-2", lengths=(1203, 0, 1, 517), packed=True, group=2, dk=192, dv=128),
     Case(name="wide-group-4", lengths=(1100, 1100), group=4, kv_heads=1, dk=192, dv=128),
@@ -132,9 +134,14 @@ LONG = [
     Case(
         name="group-48", lengths=(1100, 0, 401), packed=True, group=48, kv_heads=1, dk=128, dv=128
     ),
+    Case(name="wide-group-5", lengths=(1100, 1100), group=5, kv_heads=3, dk=192, dv=128),
     Case(name="wide-group-12", lengths=(1203, 0, 1, 517), packed=True, group=12, dk=192, dv=128),
     Case(name="wide-group-24", lengths=(1301,), group=24, kv_heads=1, dk=192, dv=128),
     Case(name="wide-group-48", lengths=(1100,), group=48, kv_heads=1, dk=192, dv=128),
+    Case(name="broad-group-1", lengths=(1203, 0, 1, 517), packed=True, group=1, dk=256, dv=256),
+    Case(name="broad-group-8", lengths=(1301,), group=8, dk=256, dv=256),
+    Case(name="broad-group-12", lengths=(1100, 1100), group=12, kv_heads=1, dk=256, dv=256),
+    Case(name="broad-group-48", lengths=(1100,), group=48, kv_heads=1, dk=256, dv=256),
     Case(name="dims-96-192", lengths=(1201,), group=4, kv_heads=1, dk=96, dv=192),
     Case(name="dims-64-256", lengths=(1201,), group=2, kv_heads=1, dk=64, dv=256),
     Case(name="dims-256-96", lengths=(1201,), group=2, kv_heads=1, dk=256, dv=96),
@@ -151,7 +158,10 @@ def test_long_cases_match_the_reference_in_float64(case, dtype):
 
 @pytest.mark.parametrize(
     "heads",
-    [(16, 64, 64), (16, 128, 128), (16, 192, 128), (2, 128, 128), (1, 192, 128), (4, 192, 128)],
+    [
+        *((16, 64, 64), (16, 128, 128), (16, 192, 128), (6, 128, 128)),
+        *((2, 128, 128), (1, 192, 128), (4, 192, 128)),
+    ],
     ids=lambda heads: "-".join(map(str, heads)),
 )
 @pytest.mark.parametrize("lengths", [*((n,) for n in TILE_EDGES), (*TILE_EDGES, 0)], ids=str)

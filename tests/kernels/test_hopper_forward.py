@@ -65,6 +65,7 @@ def scores(group, dims=(128, 128), packed=False):
 CASES = {
     "attention-g16": lambda: attention(16),
     "attention-g1-d64-packed-fp16": lambda: attention(1, (64, 64), True, torch.float16),
+    "attention-g3-d192": lambda: attention(3, (192, 128)),
     "scores-g16": lambda: scores(16),
     "scores-g8-d64": lambda: scores(8, (64, 64)),
 }
@@ -93,7 +94,7 @@ def test_only_gpus_are_asked_for_their_capability():
         pytest.param(16, (128, 128), 0.1, True, id="paper"),
         pytest.param(1, (64, 128), 0.1, True, id="two-dims"),
         pytest.param(128, (128, 64), 0.1, True, id="a-tile-of-heads"),
-        pytest.param(12, (128, 128), 0.1, False, id="no-power-of-two"),
+        pytest.param(12, (128, 128), 0.1, True, id="padded-group"),
         pytest.param(256, (128, 128), 0.1, False, id="more-than-a-tile"),
         pytest.param(16, (192, 128), 0.1, True, id="wide-keys"),
         pytest.param(16, (128, 32), 0.1, False, id="narrow-values"),
@@ -104,6 +105,23 @@ def test_where_attention_applies(group, dims, scale, expected):
     q, k_cmp, v_cmp, _ = tensors(group, dims, False)
     with mock.patch.object(hopper_forward, "can_copy", return_value=True):
         assert hopper_forward.has_attention(q, k_cmp, v_cmp, scale) is expected
+
+
+@pytest.mark.parametrize(
+    ("group", "dims", "expected"),
+    [
+        pytest.param(4, (128, 128), False, id="small-group"),
+        pytest.param(5, (128, 128), True, id="smallest"),
+        pytest.param(12, (192, 128), True, id="padded-group"),
+        pytest.param(64, (64, 64), True, id="largest"),
+        pytest.param(65, (64, 64), False, id="large-group"),
+        pytest.param(16, (256, 256), False, id="broad-heads"),
+    ],
+)
+def test_which_layers_hopper_takes(group, dims, expected):
+    q, k_cmp, v_cmp, _ = tensors(group, dims, False)
+    with mock.patch.object(hopper_forward, "can_copy", return_value=True):
+        assert hopper_forward.takes(q, k_cmp, v_cmp) is expected
 
 
 @pytest.mark.parametrize(

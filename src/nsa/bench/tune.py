@@ -47,13 +47,13 @@ TIE = 0.02
 # Registers of a thread, 4 bytes each, that a candidate may spill: another Triton has room for them.
 SPILLED = 4
 
-# Shapes that are tuned unless others are asked for. Hopper's own kernels take groups of 8, 16, 32
-# and 64 heads, and compressed attention in groups of any power of two, at all widths but the broad
-# ones. Block scores of 192 and 256 dims read the same entry, and the last that is measured stays.
-GROUPS = ("group-1", "group-2", "group-4", *(f"padded-group-{n}" for n in (12, 24, 48)))
+# Shapes that are tuned unless others are asked for. Hopper's own kernels take groups of 5 to 64
+# heads, and compressed attention in groups of any size, at all widths but the broad ones. Block
+# scores of 192 and 256 dims read the same entry, and the last that is measured stays.
 ON_HOPPER = (
+    *(f"broad-padded-group-{size}" for size in (48, 24, 12)),
     "broad-group-8",
-    *(f"{widths}{group}" for widths in ("broad-", "", "wide-", "narrow-") for group in GROUPS),
+    *(f"{widths}group-{n}" for widths in ("broad-", "", "wide-", "narrow-") for n in (1, 2, 4)),
 )
 ELSEWHERE = ("paper-d128", "paper", "100m", "group-1", "group-2", "group-4", "group-8")
 
@@ -75,7 +75,10 @@ TUNABLES = {
         "compressed_attention_fwd_kernel",
         "hopper_attention_fwd_kernel",
         "compressed",
-        ((128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
+        (
+            *((128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
+            *((128, 32, 8, 3), (64, 64, 8, 2)),
+        ),
     ),
     "block_scores": Tunable(
         "block_scores_kernel",
@@ -87,7 +90,10 @@ TUNABLES = {
         "token_attention_fwd_kernel",
         "hopper_token_attention_fwd_kernel",
         "tokens",
-        ((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 3)),
+        (
+            *((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 3)),
+            (64, 32, 8, 3),
+        ),
     ),
     "dq": Tunable(
         "dq_kernel",
@@ -95,7 +101,7 @@ TUNABLES = {
         "backward",
         (
             *((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 16, 4, 3), (64, 32, 8, 3)),
-            (128, 64, 8, 2),
+            *((128, 64, 8, 2), (128, 32, 8, 2)),
         ),
     ),
     "range_dkv": Tunable(
@@ -104,7 +110,7 @@ TUNABLES = {
         "backward",
         (
             *((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 4, 3), (64, 128, 8, 2)),
-            (16, 128, 8, 1),
+            *((16, 128, 8, 1), (16, 64, 8, 2), (64, 32, 8, 2)),
         ),
     ),
     "selected_dkv": Tunable(
@@ -113,7 +119,7 @@ TUNABLES = {
         "backward",
         (
             *((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 4, 3), (16, 64, 8, 2)),
-            (64, 64, 8, 2),
+            *((64, 64, 8, 2), (64, 32, 8, 2)),
         ),
     ),
 }

@@ -31,6 +31,7 @@ from nsa.kernels.hopper_tiles import (
     scale_parts,
     take_turns,
     tile_steps,
+    token_of_row,
     unpack,
     wide_places,
     widen,
@@ -45,6 +46,7 @@ def _producer(
     descriptors,
     num_tiles,
     G: gl.constexpr,
+    GP: gl.constexpr,
     K: gl.constexpr,
     DK: gl.constexpr,
     DV: gl.constexpr,
@@ -73,7 +75,7 @@ def _producer(
         mbarrier.wait(q_empty, q_phase ^ 1)
         mbarrier.expect(q_full, PIECES * q_desc.block_type.nbytes)
         for h in gl.static_range(PIECES):
-            tokens = q_s.index(h).reshape([BQ, G, COLUMNS])
+            tokens = q_s.index(h).reshape([BQ, GP, COLUMNS])
             tma.async_copy_global_to_shared(
                 q_desc, [(q_0 + t_0).to(gl.int32), i_k * G, h * COLUMNS], q_full, tokens
             )
@@ -179,6 +181,7 @@ def _consumer(
     H: gl.constexpr,
     K: gl.constexpr,
     G: gl.constexpr,
+    GP: gl.constexpr,
     DV: gl.constexpr,
     BQ: gl.constexpr,
     BN: gl.constexpr,
@@ -210,7 +213,7 @@ def _consumer(
         i_k, t_0, q_0, _, n_q, _, steps, masked = tile_steps(
             i_flat, num_tiles - 1, tiles, K, BQ, BN, BLOCK, STRIDE, PACKED
         )
-        o_t = t_0 + o_m // G
+        o_t = t_0 + token_of_row(o_m, G, GP)
         b_visible = num_visible(tiles[4] + o_t, BLOCK, STRIDE)
         b_m = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
         b_l = fold(zero, MAX=False)
@@ -259,7 +262,7 @@ def _consumer(
             b_o = b_acc
             mbarrier.arrive(q_empty, count=1)
         b_l = join_parts(b_l, b_m, MAX=False)
-        p_row = (q_0 + o_t) * H + i_k * G + o_m % G
+        p_row = (q_0 + o_t) * H + i_k * G + o_m % GP
         gl.store(lse_ptr + p_row, (b_m + gl.log2(b_l)) * 0.6931471805599453, mask=o_t < n_q)
         b_inv = 1.0 / gl.where(b_l == 0.0, 1.0, b_l)
         b_o = b_o * gl.convert_layout(b_inv, row_layout)[:, None]
@@ -284,6 +287,7 @@ def hopper_attention_fwd_kernel(
     H: gl.constexpr,
     K: gl.constexpr,
     G: gl.constexpr,
+    GP: gl.constexpr,
     DK: gl.constexpr,
     DV: gl.constexpr,
     BLOCK: gl.constexpr,
@@ -295,11 +299,11 @@ def hopper_attention_fwd_kernel(
 ):
     """Grid: programs that share ``num_tiles * K`` tiles. ``o [T, H, DV]``, ``lse [T, H]``.
 
-    Descriptors: ``q [T, H, DK]`` by ``[BM / G, G, COLUMNS]``, ``k [slots, K * DK]`` by
+    Descriptors: ``q [T, H, DK]`` by ``[BM / GP, GP, COLUMNS]``, ``k [slots, K * DK]`` by
     ``[BN, COLUMNS]``, ``v [slots, K * DV]`` by ``[BN, DV]``. Queries and keys whose dim is no power
     of two, as shared memory must be shaped, come in pieces of ``COLUMNS``.
     """
-    BQ: gl.constexpr = BM // G
+    BQ: gl.constexpr = BM // GP
     COLUMNS: gl.constexpr = k_desc.block_shape[1]
     PIECES: gl.constexpr = DK // COLUMNS
     q_s = gl.allocate_shared_memory(q_desc.dtype, [PIECES, BM, COLUMNS], k_desc.layout)
@@ -317,13 +321,15 @@ def hopper_attention_fwd_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                tiles, ring, out, num_tiles, 0, H, K, G, DV, BQ, BN, BLOCK, STRIDE, STAGES, PACKED
+                tiles, ring, out, num_tiles, 0, H, K, G, GP, DV, BQ, BN, BLOCK, STRIDE, STAGES,
+                PACKED
             )),
             (_consumer, (
-                tiles, ring, out, num_tiles, 64, H, K, G, DV, BQ, BN, BLOCK, STRIDE, STAGES, PACKED
+                tiles, ring, out, num_tiles, 64, H, K, G, GP, DV, BQ, BN, BLOCK, STRIDE, STAGES,
+                PACKED
             )),
             (_producer, (
-                tiles, ring, (q_desc, k_desc, v_desc), num_tiles, G, K, DK, DV, BQ, BN, BLOCK,
+                tiles, ring, (q_desc, k_desc, v_desc), num_tiles, G, GP, K, DK, DV, BQ, BN, BLOCK,
                 STRIDE, STAGES, PACKED
             )),
         ],

@@ -6,7 +6,8 @@ warpgroups take turns, so that the softmax of one runs under the products of the
 range are shared out between them, 64 each; the queries that chose a selected block are dealt to
 them one step after the other.
 
-Rows of a step: ``BM / G`` tokens times ``G`` heads, or ``BM`` of the heads of one token. Head dims
+Rows of a step: ``BM / GP`` tokens times ``GP`` rows, of which the first ``G`` are its heads, or
+``BM`` of the rows of one token. Head dims
 are cut into pieces of 64 columns, the widest that the swizzle of shared memory holds, so that rows
 of single tokens can be placed next to each other wherever they come from.
 """
@@ -40,6 +41,7 @@ ST = gl.constexpr(5)
 STRIDE = gl.constexpr(6)
 BLOCK = gl.constexpr(7)
 MODE = gl.constexpr(8)  # Which keys: one of the three below.
+GP = gl.constexpr(9)  # Rows of a token: a power of two, G or the next.
 
 COMPRESSED = gl.constexpr(0)
 WINDOW = gl.constexpr(1)
@@ -49,13 +51,13 @@ SELECTED = gl.constexpr(2)
 @gluon.jit
 def _place(i, o_m, SHAPE: gl.constexpr):
     """Of each row ``o_m`` of step ``i``: its token, counted from the first, and its query head."""
-    group: gl.constexpr = SHAPE[G]
+    rows_a_token: gl.constexpr = SHAPE[GP]
     rows_a_step: gl.constexpr = SHAPE[BM]
-    if group <= rows_a_step:
-        return i * (rows_a_step // group) + o_m // group, o_m % group
+    if rows_a_token <= rows_a_step:
+        return i * (rows_a_step // rows_a_token) + o_m // rows_a_token, o_m % rows_a_token
     else:
-        steps_a_token: gl.constexpr = group // rows_a_step
-        return i // steps_a_token + o_m // group, i % steps_a_token * rows_a_step + o_m
+        steps_a_token: gl.constexpr = rows_a_token // rows_a_step
+        return i // steps_a_token + o_m // rows_a_token, i % steps_a_token * rows_a_step + o_m
 
 
 @gluon.jit
@@ -81,8 +83,11 @@ def _values(i, token, source, SHAPE: gl.constexpr):
     _q, _do, rows_ptr, _entries, first, last, _q_0, i_k, num_rows, _offset, _window = source
     o_m = gl.arange(0, rows_a_step, gl.BlockedLayout([1], [32], [1], [0]))
     o_t, o_g = _place(i, o_m, SHAPE)
-    p_row = rows_ptr + token.to(gl.int64) * num_heads + i_k * group + o_g
     exists = first + o_t < last
+    if group < SHAPE[GP]:  # What belongs to no head is read where the last one's is.
+        exists = exists & (o_g < group)
+        o_g = gl.minimum(o_g, group - 1)
+    p_row = rows_ptr + token.to(gl.int64) * num_heads + i_k * group + o_g
     lse = gl.load(p_row, mask=exists, other=float("inf"))
     p_row += num_rows
     delta = gl.load(p_row)
@@ -100,7 +105,7 @@ def _produce(k_desc, v_desc, key_row, memory, source, steps, SHAPE: gl.constexpr
     group: gl.constexpr = SHAPE[G]
     num_heads: gl.constexpr = SHAPE[H]
     rows_a_step: gl.constexpr = SHAPE[BM]
-    together: gl.constexpr = min(group, rows_a_step)  # Rows of one token.
+    together: gl.constexpr = min(SHAPE[GP], rows_a_step)  # Rows of one token.
     PK: gl.constexpr = SHAPE[DK]
     PV: gl.constexpr = SHAPE[DV]
     stages: gl.constexpr = SHAPE[ST]
@@ -373,7 +378,7 @@ def hopper_range_dkv_kernel(
     PACKED: gl.constexpr,
 ):
     """Grid (key tiles, K, segments of queries): as ``range_dkv_kernel``, 128 keys a tile."""
-    group: gl.constexpr = SHAPE[G]
+    rows_a_token: gl.constexpr = SHAPE[GP]
     rows_a_step: gl.constexpr = SHAPE[BM]
     stride: gl.constexpr = SHAPE[STRIDE]
     block: gl.constexpr = SHAPE[BLOCK]
@@ -408,9 +413,9 @@ def hopper_range_dkv_kernel(
         nothing = nothing | (first >= last)
     if nothing:
         return
-    steps = gl.cdiv(gl.maximum(last - first, 0) * group, rows_a_step)
+    steps = gl.cdiv(gl.maximum(last - first, 0) * rows_a_token, rows_a_step)
     clear = (n_0 + 127) * stride + block - 1  # The first query that sees every key.
-    masked = gl.cdiv(gl.maximum(clear - q_offset - first, 0) * group, rows_a_step)
+    masked = gl.cdiv(gl.maximum(clear - q_offset - first, 0) * rows_a_token, rows_a_step)
     masked = gl.minimum(masked, steps)
     if SHAPE[MODE] == WINDOW:
         masked = steps  # Keys leave the window of later queries.
@@ -458,7 +463,7 @@ def hopper_selected_dkv_kernel(
 
     Part ``i`` writes two sums, one of each warpgroup, to ``dk, dv [2 * parts, 64, D]``.
     """
-    group: gl.constexpr = SHAPE[G]
+    rows_a_token: gl.constexpr = SHAPE[GP]
     rows_a_step: gl.constexpr = SHAPE[BM]
     i_part = gl.program_id(0)
     i_list = find_numbered(entry_offsets_ptr, num_lists, i_part, segment)
@@ -474,10 +479,10 @@ def hopper_selected_dkv_kernel(
     )
     key_0 = (token_0 + start).to(gl.int32)
     q_0 = query_0.to(gl.int32)
-    steps = gl.cdiv((last - first) * group, rows_a_step)
+    steps = gl.cdiv((last - first) * rows_a_token, rows_a_step)
     # Only queries inside the block itself see a part of it, and they come first.
     inside = 64 if i_segment == 0 else 0
-    masked = gl.minimum(gl.cdiv(inside * group, 2 * rows_a_step) * 2, steps)
+    masked = gl.minimum(gl.cdiv(inside * rows_a_token, 2 * rows_a_step) * 2, steps)
     dk: gl.constexpr = SHAPE[DK] * 64
     dv: gl.constexpr = SHAPE[DV] * 64
     dk_ptr += i_part.to(gl.int64) * (128 * dk)

@@ -29,6 +29,7 @@ from nsa.kernels.hopper_tiles import (
     barriers,
     exp2,
     pack,
+    token_of_row,
     tokens_of,
     union_entry,
     unlike,
@@ -58,6 +59,7 @@ STAGES = gl.constexpr(9)
 PACKED = gl.constexpr(10)
 PIECES = gl.constexpr(11)
 U = gl.constexpr(12)  # Entries that a union list has room for.
+GP = gl.constexpr(13)  # Rows of a token: a power of two, G or the next.
 
 
 @gluon.jit
@@ -67,7 +69,7 @@ def _plan(i_flat, num_tiles, tiles, union, SHAPE: gl.constexpr):
     Returns kv head, first token in its sequence, first rows of q, tokens and slots, number of
     queries, first key of the window, entry of the tile in ``union``, and steps of each branch.
     """
-    tokens: gl.constexpr = BM // SHAPE[G]
+    tokens: gl.constexpr = BM // SHAPE[GP]
     cu_seqlens_ptr, num_seqs, T_q, T_k, T_c, q_offset, window, _ = tiles
     i_tile = num_tiles - 1 - i_flat // SHAPE[K]
     i_k = i_flat % SHAPE[K]
@@ -230,7 +232,8 @@ def _consumer(
     kv_heads: gl.constexpr = SHAPE[K]
     key_dim: gl.constexpr = SHAPE[DK]
     pieces: gl.constexpr = SHAPE[PIECES]
-    tokens: gl.constexpr = 64 // group
+    rows_a_token: gl.constexpr = SHAPE[GP]
+    tokens: gl.constexpr = 64 // rows_a_token
     # Queries in registers spare shared memory a sixth of what a step reads. More than 128 columns
     # would spill; at 64 ptxas writes the gradient of the scores over them, though the next step
     # reads them again.
@@ -240,14 +243,15 @@ def _consumer(
     zero = gl.zeros([64, BN], gl.float32, s_layout)
     o_n = gl.arange(0, BN, gl.SliceLayout(0, s_layout))
     o_m = gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-    o_row = o_m // group * SHAPE[H] + o_m % group  # From the first row of the tile.
+    o_q = o_m // rows_a_token
+    o_row = o_q * SHAPE[H] + o_m % rows_a_token  # From the tile's first row.
     every: gl.constexpr = (1 << tokens) - 1
     i_copy = 0
     q_phase = 0
     for i_flat in range(gl.program_id(0), num_tiles * kv_heads, tiles[7]):
         i_k, t_0, rows, n_q, first, p_tile, steps = _plan(i_flat, num_tiles, tiles, union, SHAPE)
         t_0 += PART * tokens
-        o_t = t_0 + o_m // group
+        o_t = t_0 + token_of_row(o_m, group, rows_a_token)
         dq = ()
         for _ in gl.static_range(pieces):
             dq = dq + (gl.zeros([64, key_dim], gl.float32, dq_layout),)
@@ -300,7 +304,7 @@ def _consumer(
                     masked = alike((end + (BN - 1) * spacing > 0) | (end <= tokens - 1 - reach))
                     dq = _step(
                         PART, i_s, b_q, queries, ring, dq, zero, (b_lse, b_delta, b_gate), bits,
-                        (end, spacing, reach, masked), (o_m // group, o_n), scale_log2, arrived,
+                        (end, spacing, reach, masked), (o_q, o_n), scale_log2, arrived,
                         SHAPE,
                     )  # fmt: skip
                 mbarrier.arrive(empty.index(i_s), count=1)
@@ -309,7 +313,7 @@ def _consumer(
                 entry = following
         mbarrier.arrive(q_empty, count=1)
         t_0 = opaque(t_0)
-        o_t = t_0 + o_m // group
+        o_t = t_0 + token_of_row(o_m, group, rows_a_token)
         p_row = (rows[0] + t_0) * SHAPE[H] + i_k * group + o_row
         p_out, keep = wide_places(p_row, o_t < n_q, pieces * key_dim // 2, key_dim // 2)
         p_dq = dq_ptr.to(gl.pointer_type(gl.int32)) + p_out  # Written as pairs.
@@ -355,14 +359,14 @@ def hopper_dq_kernel(
 
     Their number is an argument, since what is asked of the grid would be kept in a register.
 
-    Descriptors: ``q [T, H, D]`` by ``[128 / G, G, DK]``, do alike, keys ``[rows, K * D]`` by
+    Descriptors: ``q [T, H, D]`` by ``[128 / GP, GP, DK]``, do alike, keys ``[rows, K * D]`` by
     ``[64, DK]``, values alike; ``D`` is ``PIECES * DK``.
     """
     key_dim: gl.constexpr = SHAPE[DK]
     value_dim: gl.constexpr = SHAPE[DV]
     stages: gl.constexpr = SHAPE[STAGES]
     pieces: gl.constexpr = SHAPE[PIECES]
-    rows: gl.constexpr = [pieces, BM // SHAPE[G], SHAPE[G], key_dim]
+    rows: gl.constexpr = [pieces, BM // SHAPE[GP], SHAPE[GP], key_dim]
     q_s = gl.allocate_shared_memory(q_desc.dtype, rows, q_desc.layout)
     do_s = gl.allocate_shared_memory(do_desc.dtype, do_desc.block_shape, do_desc.layout)
     k_s = gl.allocate_shared_memory(q_desc.dtype, [stages * pieces, BN, key_dim], k_cmp_desc.layout)

@@ -110,6 +110,19 @@ def wide_places(p_row, exists, stride: gl.constexpr, PAIRS: gl.constexpr):
 
 
 @gluon.jit
+def token_of_row(o_m, G: gl.constexpr, GP: gl.constexpr):
+    """The token of rows ``o_m`` of a tile, in which each has ``GP`` rows for its ``G`` heads.
+
+    Rows that are no head's hold the queries of the next kv head, or zeros. They are of a token that
+    no sequence has, so that nothing is read or written for them.
+    """
+    o_q = o_m // GP
+    if G < GP:
+        o_q = gl.where(o_m % GP < G, o_q, 1 << 30)
+    return o_q
+
+
+@gluon.jit
 def exp2(x):
     """Flushes denormals, which saves three instructions."""
     return gl.inline_asm_elementwise(

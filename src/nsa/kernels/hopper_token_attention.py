@@ -35,6 +35,7 @@ from nsa.kernels.hopper_tiles import (
     rescale,
     same,
     scale_parts,
+    token_of_row,
     tokens_of,
     union_entry,
     unlike,
@@ -63,6 +64,7 @@ WIN = gl.constexpr(7)
 COMBINE = gl.constexpr(8)
 SAVE = gl.constexpr(9)
 PACKED = gl.constexpr(10)
+GP = gl.constexpr(11)  # Rows of a token: a power of two, G or the next.
 
 
 @gluon.jit
@@ -71,7 +73,7 @@ def _locate(i_flat, tiles, SHAPE: gl.constexpr):
 
     One kv head after the other, so that what is read at one time fits L2.
     """
-    tokens: gl.constexpr = BM // SHAPE[G]
+    tokens: gl.constexpr = BM // SHAPE[GP]
     packed: gl.constexpr = SHAPE[PACKED]
     cu_seqlens_ptr, num_tiles, num_seqs, K, T_q, T_k, q_offset, _ = tiles
     i_tile = num_tiles - 1 - i_flat % num_tiles
@@ -247,7 +249,8 @@ def _consumer(
     columns: gl.constexpr = SHAPE[COLUMNS]
     pieces: gl.constexpr = SHAPE[DK] // columns
     stages: gl.constexpr = SHAPE[STAGES]
-    MINE: gl.constexpr = ((1 << (64 // group)) - 1) << (ROW // group)
+    rows_a_token: gl.constexpr = SHAPE[GP]
+    MINE: gl.constexpr = ((1 << (64 // rows_a_token)) - 1) << (ROW // rows_a_token)
     FROM: gl.constexpr = 0 if SHAPE[SLC] else 1
     TO: gl.constexpr = 2 if SHAPE[WIN] else 1
     o_ptr, o_slc_ptr, o_win_ptr, lse_slc_ptr, lse_win_ptr = outs
@@ -267,8 +270,8 @@ def _consumer(
     for i_flat in range(gl.program_id(0), tiles[1] * tiles[3], gl.num_programs(0)):
         place = _locate(i_flat, tiles, SHAPE)
         i_k, t_0, q_0, _k, n_q, start, last, i_list = place
-        o_t = t_0 + o_m // group
-        p_row = ((q_0 + o_t) * tiles[3] + i_k) * group + o_m % group
+        o_t = t_0 + token_of_row(o_m, group, rows_a_token)
+        p_row = ((q_0 + o_t) * tiles[3] + i_k) * group + o_m % rows_a_token
         # On their way while the queries are.
         head = _entry(0, 0, 1, i_list, lists, SHAPE)
         chosen = _count(unlike(i_list.to(gl.int32)), lists, SHAPE)
@@ -303,7 +306,7 @@ def _consumer(
                 # tiles passed over as the ring has, the copy would wait for us, and we for it.
                 full_ring = (i_v >= 0) & (i_copy - i_v >= stages - 2)
                 if alike((word & MINE) != 0) | full_ring:
-                    b_in = ((word >> (o_m // group)) & 1) != 0
+                    b_in = ((word >> (o_m // rows_a_token)) & 1) != 0
                     masked = alike((key + BN - 1 > start) | (key < oldest))
                     b_p, b_m, b_l, b_alpha, b_acc = _step(
                         i_copy, gl.where(i_v >= 0, i_v, i_copy), i_free, more, b_q, memory, bars,
@@ -400,18 +403,17 @@ def hopper_token_attention_fwd_kernel(
 ):
     """Grid: programs that share ``num_tiles * K`` tiles of 128 rows.
 
-    Descriptors: ``q [T, H, DK]`` by ``[128 / G, G, COLUMNS]``, keys ``[T, K * DK]`` by
+    Descriptors: ``q [T, H, DK]`` by ``[128 / GP, GP, COLUMNS]``, keys ``[T, K * DK]`` by
     ``[64, COLUMNS]``, values by ``[64, DV]``. Union lists, of ``num_entries`` blocks at most, are
     those of the tiles.
     """
     stages: gl.constexpr = SHAPE[STAGES]
     columns: gl.constexpr = SHAPE[COLUMNS]
     pieces: gl.constexpr = SHAPE[DK] // columns
-    tokens: gl.constexpr = BM // SHAPE[G]
-    group: gl.constexpr = SHAPE[G]
+    tokens: gl.constexpr = BM // SHAPE[GP]
     dim: gl.constexpr = SHAPE[DV]
     half: gl.constexpr = q_desc.dtype
-    q_s = gl.allocate_shared_memory(half, [pieces, tokens, group, columns], q_desc.layout)
+    q_s = gl.allocate_shared_memory(half, [pieces, tokens, SHAPE[GP], columns], q_desc.layout)
     k_s = gl.allocate_shared_memory(half, [stages * pieces, BN, columns], k_slc_desc.layout)
     v_s = gl.allocate_shared_memory(half, [stages, BN, dim], v_slc_desc.layout)
     q_full, q_empty = barriers(1, 1).index(0), barriers(1, 2).index(0)

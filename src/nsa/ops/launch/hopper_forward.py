@@ -22,7 +22,8 @@ from nsa.ops.launch.tiles import (
 )
 from nsa.ops.launch.tuned import capability
 
-KEY_DIMS, VALUE_DIMS, GROUPS = (64, 128, 192), (64, 128), (8, 16, 32, 64)
+KEY_DIMS, VALUE_DIMS = (64, 128, 192), (64, 128)
+GROUPS = (8, 16, 32, 64)  # Rows of a token: as many as a group has heads, or the next of these.
 DTYPES = (torch.bfloat16, torch.float16)
 # Registers a thread with which the three warp groups start: 384 threads share 64 Ki.
 START = {"num_warps": 4, "maxnreg": 168}
@@ -45,8 +46,7 @@ SHARED_MEMORY = 226 * 1024  # Bytes of a multiprocessor, less what barriers take
 
 def has_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, softmax_scale: float) -> bool:
     """Whether ``attention_fwd`` applies; it takes the maximum of logits before it scales them."""
-    group = q.shape[-2] // k_cmp.shape[-2]
-    fits = group == next_power_of_2(group) <= ATTENTION_ROWS
+    fits = next_power_of_2(q.shape[-2] // k_cmp.shape[-2]) <= ATTENTION_ROWS
     dims = q.shape[-1] in KEY_DIMS and v_cmp.shape[-1] in VALUE_DIMS
     return fits and dims and softmax_scale > 0 and can_copy(q, k_cmp, v_cmp)
 
@@ -73,10 +73,11 @@ def has_token_attention(
 def takes(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> bool:
     """Hopper, 16-bit, head dims of whole pieces, groups whose rows fill the swizzle's pattern.
 
-    All tensors, ``others`` as well, are such that the copy engine can read them.
+    A group of 5 heads has 8 rows, and so on: what is copied into the others counts for nothing. All
+    tensors, ``others`` as well, are such that the copy engine can read them.
     """
     return (
-        q.shape[-2] // k.shape[-2] in GROUPS
+        next_power_of_2(q.shape[-2] // k.shape[-2]) in GROUPS
         and q.shape[-1] in KEY_DIMS
         and v.shape[-1] in VALUE_DIMS
         and can_copy(q, k, v, *others)
@@ -141,13 +142,14 @@ def attention_fwd(
     num_heads, key_dim = q.shape[-2:]
     num_kv_heads, value_dim = v_cmp.shape[-2:]
     group = num_heads // num_kv_heads
+    rows = next_power_of_2(group)
     tile = attention_tile(key_dim, value_dim)
     columns = piece(key_dim)
-    tiles = QueryTiles.of(q, cu_seqlens, tile.BM // group)
+    tiles = QueryTiles.of(q, cu_seqlens, tile.BM // rows)
     launch(
         hopper_attention_fwd_kernel,
         programs(q.device, tiles.num_tiles * num_kv_heads),
-        q_desc=descriptor(q, (-1, num_heads, key_dim), [tiles.tokens, group, columns]),
+        q_desc=descriptor(q, (-1, num_heads, key_dim), [tiles.tokens, rows, columns]),
         k_desc=descriptor(k_cmp, (-1, num_kv_heads * key_dim), [tile.BN, columns]),
         v_desc=descriptor(v_cmp, (-1, num_kv_heads * value_dim), [tile.BN, value_dim]),
         o_ptr=o,
@@ -160,6 +162,7 @@ def attention_fwd(
         H=num_heads,
         K=num_kv_heads,
         G=group,
+        GP=rows,
         DK=key_dim,
         DV=value_dim,
         **geometry,
@@ -217,6 +220,7 @@ def token_attention_fwd(
     num_heads, key_dim = q.shape[-2:]
     num_kv_heads, value_dim = keys["v_slc"].shape[-2:]
     group = num_heads // num_kv_heads
+    rows = next_power_of_2(group)
     columns = piece(key_dim)
     free = SHARED_MEMORY - TOKEN_ROWS * key_dim * 2
     stages = min(MAX_STAGES, free // (TOKEN_KEYS * (key_dim + value_dim) * 2))
@@ -229,7 +233,7 @@ def token_attention_fwd(
     launch(
         hopper_token_attention_fwd_kernel,
         programs(q.device, tiles.num_tiles * num_kv_heads),
-        q_desc=descriptor(q, (-1, num_heads, key_dim), [tiles.tokens, group, columns]),
+        q_desc=descriptor(q, (-1, num_heads, key_dim), [tiles.tokens, rows, columns]),
         **descriptors,
         **common,
         **tiles.places(),
@@ -237,6 +241,6 @@ def token_attention_fwd(
         K=num_kv_heads,
         window=window_size,
         num_entries=common["blocks_ptr"].shape[-1],
-        SHAPE=(group, key_dim, value_dim, columns, stages, *flags.values(), tiles.packed),
+        SHAPE=(group, key_dim, value_dim, columns, stages, *flags.values(), tiles.packed, rows),
         **START,
     )

@@ -7,6 +7,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.kernels.hopper_key_gradients import COMPRESSED, SELECTED, WINDOW
 from nsa.ops.launch.hopper_forward import START, descriptor
+from nsa.ops.launch.tiles import next_power_of_2
 
 KEYS = 128  # Of a tile: 64 for each of two warpgroups. Selected blocks have 64.
 BM = 32  # Query rows of a step; 64 do not fit the registers.
@@ -24,7 +25,7 @@ def descriptors(
     q: Tensor, do: Tensor, k: Tensor, v: Tensor, values: Tensor, group: int
 ) -> dict[str, TensorDescriptor | Tensor]:
     """What the copy engine reads: rows of one token, as many as a step has, tiles of 64 keys."""
-    rows = min(group, BM)
+    rows = min(next_power_of_2(group), BM)
     return {
         "q_desc": descriptor(q, (-1, q.shape[-1]), [rows, 64]),
         "do_desc": descriptor(do, (-1, do.shape[-1]), [rows, 64]),
@@ -48,5 +49,5 @@ def selected_arguments(sizes: dict[str, int]) -> dict:
 def _arguments(sizes: dict[str, int], ring: int, stride: int, block: int, mode: int) -> dict:
     """``SHAPE`` is in the order of the kernels' entries of it."""
     pieces = (sizes["DK"] // 64, sizes["DV"] // 64)
-    shape = (sizes["H"], sizes["G"], *pieces, BM, ring, stride, block, mode)
+    shape = (sizes["H"], sizes["G"], *pieces, BM, ring, stride, block, mode, sizes["GP"])
     return {"K": sizes["K"], "SHAPE": shape, **START}

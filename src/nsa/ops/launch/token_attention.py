@@ -62,8 +62,8 @@ def token_attention_fwd(
     shape = tile("token_attention_fwd", sizes, q)
     keys = {"k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win}
     on_hopper = hopper.has_token_attention(q, keys, block_size if slc else None, softmax_scale)
-    tokens = hopper.TOKEN_ROWS // sizes["G"] if on_hopper else shape.BM // sizes["GP"]
-    tiles = QueryTiles.of(q, cu_seqlens, tokens)
+    rows = hopper.TOKEN_ROWS if on_hopper else shape.BM
+    tiles = QueryTiles.of(q, cu_seqlens, rows // sizes["GP"])
     union = union_blocks(indices, q, tiles, turns=on_hopper)
     window_size = min(window_size, EVERYTHING)
     common = {
