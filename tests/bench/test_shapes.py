@@ -6,6 +6,7 @@ from nsa.config import NSAConfig
 
 SMALL = (1, 2, 4)
 ALL = (*SMALL, 8)
+FAMILIES = (("", ALL), ("wide-", SMALL), ("narrow-", SMALL), ("broad-", ALL), ("odd-", (8,)))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -25,7 +26,7 @@ def test_the_paper_shape_is_the_papers():
 
 
 def test_groups_share_the_query_heads():
-    for widths, sizes in (("", ALL), ("wide-", SMALL), ("narrow-", SMALL), ("broad-", ALL)):
+    for widths, sizes in FAMILIES:
         for size in sizes:
             shape = SHAPES[f"{widths}group-{size}"]
             assert (shape.num_heads, shape.num_heads // shape.num_kv_heads) == (32, size)
@@ -39,9 +40,9 @@ def test_all_points_of_a_curve_over_groups_are_one_layer():
     grouped = [shape for shape in SHAPES.values() if is_grouped({"shape": shape.name})]
     widths = {(shape.key_dim, shape.value_dim) for shape in grouped}
     points = {(s.key_dim, s.num_heads // s.num_kv_heads) for s in grouped}
-    assert len(points) == len(grouped) == 26
+    assert len(points) == len(grouped) == 30
     alike = {(s.key_dim, s.value_dim, s.seq_lens, s.config) for s in grouped}
-    assert len(alike) == len(widths) == 4
+    assert len(alike) == len(widths) == 5
 
 
 def test_the_longest_shape_has_a_million_tokens():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]  # Three minutes each, alone on a GPU.
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "src" / "nsa" / "kernels"

@@ -23,7 +23,8 @@ BenchShape = Annotated[
     typer.Option(
         help="tiny, laptop, 100m, paper-d128, paper, million, group-1, -2, -4, -8, "
         "padded-group-12, -24, -48, the same with broad-; wide-group-1, -2, -4, "
-        "wide-padded-group-12, -24, -48, the same with narrow-."
+        "wide-padded-group-12, -24, -48, the same with narrow-; odd-group-8, "
+        "odd-padded-group-12, -24, -48."
     ),
 ]
 

@@ -78,7 +78,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 def is_grouped(row: Row) -> bool:
     """Whether its shape is one of those that differ in how many heads share keys."""
-    return re.fullmatch(r"(wide-|narrow-|broad-)?(padded-)?group-\d+", row["shape"]) is not None
+    return re.fullmatch(r"(\w+-)*group-\d+", row["shape"]) is not None
 
 
 def group_size(row: Row) -> int:

@@ -90,7 +90,8 @@ SHAPES = {
         ),
         # The same query heads in groups of any size: fewer share what is read. Also at the paper's
         # widths and at narrow ones, in groups that Hopper's own kernels do not take, and at broad
-        # ones, which they do not take at all. And groups of no power of two, which tiles pad.
+        # and odd ones, which they do not take at all; tiles pad the latter. And groups of no power
+        # of two, which tiles pad too.
         *(
             Shape(
                 name=f"{widths}{name}-{size}",
@@ -105,6 +106,7 @@ SHAPES = {
                 ("wide-", 192, 128, (1, 2, 4)),
                 ("narrow-", 64, 64, (1, 2, 4)),
                 ("broad-", 256, 256, (1, 2, 4, 8)),
+                ("odd-", 96, 96, (8,)),
             )
             for name, num_heads, size in (
                 *(("group", 32, size) for size in sizes),

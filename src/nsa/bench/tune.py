@@ -48,11 +48,11 @@ TIE = 0.02
 SPILLED = 4
 
 # Shapes that are tuned unless others are asked for. Hopper's own kernels take groups of 5 to 64
-# heads, and compressed attention in groups of any size, at all widths but the broad ones. Block
-# scores of 192 and 256 dims read the same entry, and the last that is measured stays.
+# heads, and compressed attention in groups of any size, at all widths but the broad and the odd
+# ones. Block scores of 192 and 256 dims read the same entry, and the last that is measured stays.
+LARGE = ("padded-group-48", "padded-group-24", "padded-group-12", "group-8")
 ON_HOPPER = (
-    *(f"broad-padded-group-{size}" for size in (48, 24, 12)),
-    "broad-group-8",
+    *(f"{widths}{group}" for widths in ("broad-", "odd-") for group in LARGE),
     *(f"{widths}group-{n}" for widths in ("broad-", "", "wide-", "narrow-") for n in (1, 2, 4)),
 )
 ELSEWHERE = ("paper-d128", "paper", "100m", "group-1", "group-2", "group-4", "group-8")
