@@ -35,7 +35,7 @@ def test_groups_share_the_query_heads():
             assert shape.num_heads // shape.num_kv_heads == size
 
 
-def test_all_points_of_a_curve_over_groups_are_one_layer():
+def test_all_points_of_a_curve_over_groups_differ_in_heads_only():
     """Of the README's tables and picture, which take rows by the name of their shape."""
     grouped = [shape for shape in SHAPES.values() if is_grouped({"shape": shape.name})]
     widths = {(shape.key_dim, shape.value_dim) for shape in grouped}

@@ -7,9 +7,9 @@ range are shared out between them, 64 each; the queries that chose a selected bl
 them one step after the other.
 
 Rows of a step: ``BM / GP`` tokens times ``GP`` rows, of which the first ``G`` are its heads, or
-``BM`` of the rows of one token. Head dims
-are cut into pieces of 64 columns, the widest that the swizzle of shared memory holds, so that rows
-of single tokens can be placed next to each other wherever they come from.
+``BM`` of the rows of one token. Head dims are cut into pieces of 64 columns, the widest that the
+swizzle of shared memory holds, so that rows of single tokens can be placed next to each other
+wherever they come from.
 """
 
 from triton.experimental import gluon

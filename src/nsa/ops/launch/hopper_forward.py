@@ -19,11 +19,12 @@ from nsa.ops.launch.tiles import (
     QueryTiles,
     launch,
     next_power_of_2,
+    rows_a_token,
 )
 from nsa.ops.launch.tuned import capability
 
 KEY_DIMS, VALUE_DIMS = (64, 128, 192), (64, 128)
-GROUPS = (8, 16, 32, 64)  # Rows of a token: as many as a group has heads, or the next of these.
+ROWS_A_TOKEN = (8, 16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float16)
 # Registers a thread with which the three warp groups start: 384 threads share 64 Ki.
 START = {"num_warps": 4, "maxnreg": 168}
@@ -46,16 +47,16 @@ SHARED_MEMORY = 226 * 1024  # Bytes of a multiprocessor, less what barriers take
 
 def has_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, softmax_scale: float) -> bool:
     """Whether ``attention_fwd`` applies; it takes the maximum of logits before it scales them."""
-    fits = next_power_of_2(q.shape[-2] // k_cmp.shape[-2]) <= ATTENTION_ROWS
+    fits = rows_a_token(q, k_cmp) <= ATTENTION_ROWS
     dims = q.shape[-1] in KEY_DIMS and v_cmp.shape[-1] in VALUE_DIMS
     return fits and dims and softmax_scale > 0 and can_copy(q, k_cmp, v_cmp)
 
 
 def has_scores(q: Tensor, k_cmp: Tensor, keys_per_block: int) -> bool:
     """Whether ``block_scores`` applies; the sums of small groups would not fit the registers."""
-    group = next_power_of_2(q.shape[-2] // k_cmp.shape[-2])
+    fits = rows_a_token(q, k_cmp) in ROWS_A_TOKEN
     whole = keys_per_block == next_power_of_2(keys_per_block) <= SCORES.BN
-    return 8 <= group <= 64 and whole and q.shape[-1] in KEY_DIMS and can_copy(q, k_cmp)
+    return fits and whole and q.shape[-1] in KEY_DIMS and can_copy(q, k_cmp)
 
 
 def piece(dim: int) -> int:
@@ -77,7 +78,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> bool:
     tensors, ``others`` as well, are such that the copy engine can read them.
     """
     return (
-        next_power_of_2(q.shape[-2] // k.shape[-2]) in GROUPS
+        rows_a_token(q, k) in ROWS_A_TOKEN
         and q.shape[-1] in KEY_DIMS
         and v.shape[-1] in VALUE_DIMS
         and can_copy(q, k, v, *others)
@@ -142,7 +143,7 @@ def attention_fwd(
     num_heads, key_dim = q.shape[-2:]
     num_kv_heads, value_dim = v_cmp.shape[-2:]
     group = num_heads // num_kv_heads
-    rows = next_power_of_2(group)
+    rows = rows_a_token(q, k_cmp)
     tile = attention_tile(key_dim, value_dim)
     columns = piece(key_dim)
     tiles = QueryTiles.of(q, cu_seqlens, tile.BM // rows)
@@ -196,7 +197,7 @@ def block_scores(
         H=num_heads,
         K=num_kv_heads,
         G=group,
-        GP=next_power_of_2(group),
+        GP=rows_a_token(q, k_cmp),
         DK=key_dim,
         **common,
         **SCORES._asdict(),
@@ -220,7 +221,7 @@ def token_attention_fwd(
     num_heads, key_dim = q.shape[-2:]
     num_kv_heads, value_dim = keys["v_slc"].shape[-2:]
     group = num_heads // num_kv_heads
-    rows = next_power_of_2(group)
+    rows = rows_a_token(q, keys["k_slc"])
     columns = piece(key_dim)
     free = SHARED_MEMORY - TOKEN_ROWS * key_dim * 2
     stages = min(MAX_STAGES, free // (TOKEN_KEYS * (key_dim + value_dim) * 2))

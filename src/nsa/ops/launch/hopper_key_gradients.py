@@ -7,7 +7,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.kernels.hopper_key_gradients import COMPRESSED, SELECTED, WINDOW
 from nsa.ops.launch.hopper_forward import START, descriptor
-from nsa.ops.launch.tiles import next_power_of_2
+from nsa.ops.launch.tiles import rows_a_token
 
 KEYS = 128  # Of a tile: 64 for each of two warpgroups. Selected blocks have 64.
 BM = 32  # Query rows of a step; 64 do not fit the registers.
@@ -22,10 +22,10 @@ def stages(sizes: dict[str, int], key_tiles: int) -> int:
 
 
 def descriptors(
-    q: Tensor, do: Tensor, k: Tensor, v: Tensor, values: Tensor, group: int
+    q: Tensor, do: Tensor, k: Tensor, v: Tensor, values: Tensor
 ) -> dict[str, TensorDescriptor | Tensor]:
     """What the copy engine reads: rows of one token, as many as a step has, tiles of 64 keys."""
-    rows = min(next_power_of_2(group), BM)
+    rows = min(rows_a_token(q, k), BM)
     return {
         "q_desc": descriptor(q, (-1, q.shape[-1]), [rows, 64]),
         "do_desc": descriptor(do, (-1, do.shape[-1]), [rows, 64]),

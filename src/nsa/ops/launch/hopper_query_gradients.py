@@ -35,13 +35,13 @@ def dq(
     out = torch.empty_like(q)
     first = next(iter(branches.values()))
     sizes = heads(q, first.k, first.v)
-    rows_a_token, dims, width = sizes["GP"], sizes["DK"] + sizes["DV"], piece(sizes["DK"])
-    tiles = QueryTiles.of(q, geometry.cu_seqlens, ROWS // rows_a_token)
+    dims, width = sizes["DK"] + sizes["DV"], piece(sizes["DK"])
+    tiles = QueryTiles.of(q, geometry.cu_seqlens, ROWS // sizes["GP"])
     indices = branches["slc"].block_indices if "slc" in branches else None
     union = union_blocks(indices, q, tiles, turns=True)
     descriptors = {
         f"{name}_desc": descriptor(
-            x, (-1, *x.shape[-2:]), [tiles.tokens, rows_a_token, piece(x.shape[-1])]
+            x, (-1, *x.shape[-2:]), [tiles.tokens, sizes["GP"], piece(x.shape[-1])]
         )
         for name, x in (("q", q), ("do", do))
     }
@@ -84,7 +84,7 @@ def dq(
             *(sizes["H"], sizes["K"], sizes["G"], width, sizes["DV"]),
             *(geometry.compress_block_size, geometry.compress_stride),
             *(used, union[0] is q, stages, tiles.packed, sizes["DK"] // width, union[0].shape[-1]),
-            rows_a_token,
+            sizes["GP"],
         ),
         **START,
     )

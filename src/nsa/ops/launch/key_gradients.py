@@ -50,8 +50,7 @@ class Rows:
 
     def descriptors(self, branch: Branch) -> dict[str, TensorDescriptor | Tensor]:
         """The same as the copy engine of a Hopper GPU reads it."""
-        group = self.q.shape[-2] // branch.k.shape[-2]
-        return hopper.descriptors(self.q, self.do, branch.k, branch.v, self.values, group)
+        return hopper.descriptors(self.q, self.do, branch.k, branch.v, self.values)
 
 
 # Queries of a selected block whose sums one program adds up, for each of its sums. All queries

@@ -38,6 +38,11 @@ def key_tile(BN: int, block_size: int) -> int:
     return max(16, min(BN, next_power_of_2(block_size)))
 
 
+def rows_a_token(q: Tensor, k: Tensor) -> int:
+    """Rows that a token has in a tile: as many as a group has heads, or the next power of two."""
+    return next_power_of_2(q.shape[-2] // k.shape[-2])
+
+
 def heads(q: Tensor, k: Tensor, v: Tensor | None = None) -> dict[str, int]:
     """Head counts and head dims as kernel arguments."""
     num_heads, num_kv_heads, key_dim = q.shape[-2], k.shape[-2], q.shape[-1]
