@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from nsa.kernels.query_gradients import row_values
-from nsa.kernels.tiles import find_numbered, first_number, locate_tile, opaque
+from nsa.kernels.tiles import find_numbered, first_number, locate_tile, num_visible, opaque
 
 
 @triton.jit
@@ -32,7 +32,10 @@ def _dkv_step(
     DV: tl.constexpr,
     DVP: tl.constexpr,
 ):
-    """Adds query rows ``p_row`` to ``dk [BN, DKP]`` (not yet scaled) and ``dv [BN, DVP]``."""
+    """Adds query rows ``p_row`` to ``dk [BN, DKP]`` (not yet scaled) and ``dv [BN, DVP]``.
+
+    Sums of keys that do not exist are never stored, whatever ``m_see`` says of them.
+    """
     o_dk = tl.arange(0, DKP)
     o_dv = tl.arange(0, DVP)
     m_q = m_row[:, None] & (o_dk < DK)[None, :]
@@ -64,7 +67,7 @@ def _key_places(
     DVP: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Of a tile of keys from ``n_0``: numbers, which exist, and where keys and values lie."""
+    """Of a tile of keys from ``n_0``: their numbers, and where keys and values lie."""
     o_n = n_0 + tl.arange(0, BN)
     m_n = (o_n < count)[:, None]
     o_dk = tl.arange(0, DKP)
@@ -72,7 +75,7 @@ def _key_places(
     row = ((k_0 + o_n) * K + i_k)[:, None]
     m_k = m_n & (o_dk < DK)[None, :]
     m_v = m_n & (o_dv < DV)[None, :]
-    return o_n, m_n, row * DK + o_dk[None, :], m_k, row * DV + o_dv[None, :], m_v
+    return o_n, row * DK + o_dk[None, :], m_k, row * DV + o_dv[None, :], m_v
 
 
 @triton.jit
@@ -154,7 +157,7 @@ def range_dkv_kernel(
         k_0 = c_0
         count = tl.maximum(n_k - BLOCK + STRIDE, 0) // STRIDE
     n_0 = s_0 // STRIDE
-    o_n, m_n, p_k, m_k, p_v, m_v = _key_places(n_0, k_0, count, i_k, K, DK, DKP, DV, DVP, BN)
+    o_n, p_k, m_k, p_v, m_v = _key_places(n_0, k_0, count, i_k, K, DK, DKP, DV, DVP, BN)
     b_k = tl.load(k_ptr + p_k, mask=m_k, other=0.0)
     b_v = tl.load(v_ptr + p_v, mask=m_v, other=0.0)
     b_dk = tl.zeros([BN, DKP], tl.float32)
@@ -164,12 +167,13 @@ def range_dkv_kernel(
         o_t = t + o_m // GP
         o_g = o_m % GP
         m_row = (o_t < high) & (o_g < G)
-        p_row = (q_0 + o_t) * H + i_k * G + o_g
+        p_row = (q_0 + t) * H + i_k * G + (o_m // GP * H + o_g)
+        position = q_offset + o_t
         if WINDOW > 0:
-            b_age = (q_offset + o_t)[None, :] - o_n[:, None]
-            m_see = (b_age >= 0) & (b_age < WINDOW)
+            m_see = o_n[:, None] <= position[None, :]
+            m_see &= o_n[:, None] > (position - WINDOW)[None, :]
         else:
-            m_see = (o_n * STRIDE + BLOCK - 1)[:, None] <= (q_offset + o_t)[None, :]
+            m_see = o_n[:, None] < num_visible(position, BLOCK, STRIDE)[None, :]
         b_dk, b_dv = _dkv_step(
             b_dk,
             b_dv,
@@ -177,7 +181,7 @@ def range_dkv_kernel(
             b_v,
             p_row,
             m_row,
-            m_see & m_n,
+            m_see,
             q_ptr,
             do_ptr,
             rows_ptr,
@@ -189,7 +193,7 @@ def range_dkv_kernel(
             DVP,
         )
     n_0 = opaque(n_0)
-    _, _, p_k, m_k, p_v, m_v = _key_places(n_0, k_0, count, i_k, K, DK, DKP, DV, DVP, BN)
+    _, p_k, m_k, p_v, m_v = _key_places(n_0, k_0, count, i_k, K, DK, DKP, DV, DVP, BN)
     tl.store(dk_ptr + i_part * part_dk + p_k, (b_dk * scale).to(dk_ptr.dtype.element_ty), mask=m_k)
     tl.store(dv_ptr + i_part * part_dv + p_v, b_dv.to(dv_ptr.dtype.element_ty), mask=m_v)
 
@@ -250,7 +254,7 @@ def selected_dkv_kernel(
     key_0 = token_0 + start
     count = tl.minimum(n_k - start, SELECT)
     n_0 = tl.program_id(1) * BN
-    o_n, m_n, p_k, m_k, p_v, m_v = _key_places(n_0, key_0, count, i_k, K, DK, DKP, DV, DVP, BN)
+    o_n, p_k, m_k, p_v, m_v = _key_places(n_0, key_0, count, i_k, K, DK, DKP, DV, DVP, BN)
     b_k = tl.load(k_ptr + p_k, mask=m_k, other=0.0)
     b_v = tl.load(v_ptr + p_v, mask=m_v, other=0.0)
     b_dk = tl.zeros([BN, DKP], tl.float32)
@@ -262,8 +266,8 @@ def selected_dkv_kernel(
         m_row = (o_e < e_1) & (o_g < G)
         i_query = tl.load(entries_ptr + o_e, mask=o_e < e_1, other=0).to(tl.int64)
         p_row = i_query * H + i_k * G + o_g
-        position = q_offset + (i_query - query_0)
-        m_see = ((start + o_n)[:, None] <= position[None, :]) & m_n
+        position = (i_query - query_0) + (q_offset - start)  # Counted from the block's first key.
+        m_see = o_n[:, None] <= position[None, :]
         b_dk, b_dv = _dkv_step(
             b_dk,
             b_dv,
@@ -283,7 +287,7 @@ def selected_dkv_kernel(
             DVP,
         )
     n_0, part = opaque(n_0), i_part.to(tl.int64) * SELECT
-    _, _, p_k, m_k, p_v, m_v = _key_places(n_0, part, count, 0, 1, DK, DKP, DV, DVP, BN)
+    _, p_k, m_k, p_v, m_v = _key_places(n_0, part, count, 0, 1, DK, DKP, DV, DVP, BN)
     tl.store(dk_ptr + p_k, b_dk * scale, mask=m_k)
     tl.store(dv_ptr + p_v, b_dv, mask=m_v)
 

@@ -70,7 +70,7 @@ def row_values_kernel(
 def row_values(rows_ptr, p_row, m_row, num_rows):
     """Base-2 lse, delta and gate of rows of one branch; rows that do not exist have p = 0."""
     b_lse = tl.load(rows_ptr + p_row, mask=m_row, other=float("inf"))
-    b_delta = tl.load(rows_ptr + num_rows + p_row, mask=m_row, other=0.0)
+    b_delta = tl.load(rows_ptr + (p_row + num_rows), mask=m_row, other=0.0)
     b_gate = tl.load(rows_ptr + 2 * tl.cast(num_rows, tl.int64) + p_row, mask=m_row, other=0.0)
     return b_lse, b_delta, b_gate
 

@@ -74,13 +74,14 @@ def query_rows(
 
 
 @triton.jit
-def opaque(x):
+def opaque(x, AXIS: tl.constexpr = 0):
     """``x``, which the compiler does not know to be ``x``.
 
     What is computed from it after a loop takes no registers during the loop, even if it was
-    computed before the loop already.
+    computed before the loop already. ``AXIS`` is one whose number of programs the kernel does not
+    ask for elsewhere: it would be kept.
     """
-    return x + (tl.program_id(0) >= tl.num_programs(0)).to(tl.int32)
+    return x + (tl.program_id(AXIS) >= tl.num_programs(AXIS)).to(tl.int32)
 
 
 @triton.jit

@@ -140,7 +140,7 @@ def token_attention_fwd_kernel(
             b_p, b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc)
             b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
         b_o = b_acc / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
-        _, p_row, m_row = query_rows(opaque(t_0), q_0, n_q, i_k, H, G, GP, BM)
+        _, p_row, m_row = query_rows(opaque(t_0, 1), q_0, n_q, i_k, H, G, GP, BM)
         m_o = m_row[:, None] & m_dv[None, :]
         p_o = p_row[:, None] * DV + o_dv[None, :]
         if SAVE:
