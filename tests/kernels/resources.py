@@ -56,16 +56,25 @@ class Layer:
     config: NSAConfig = field(default_factory=NSAConfig.paper)
 
 
-# Query and kv heads of groups that run the kernels of all GPUs on Hopper too, and groups that tiles
-# pad.
-SMALL = {1: (32, 32), 2: (32, 16), 4: (32, 8)}
-PADDED = (12, 24, 48)
+# By group and width, layers that run the kernels of all GPUs on Hopper too: at widths of 96 and 256
+# in any group, elsewhere in small ones, whose tiles hold many tokens.
+GROUPED = {
+    **{
+        f"group{group}-d{dim}": Layer(heads=(2 * group, 2), dims=(dim, dim))
+        for dim in (96, 256)
+        for group in (8, 12, 24, 48)
+    },
+    **{
+        f"group{group}-d{key_dim}": Layer(heads=(32, 32 // group), dims=(key_dim, value_dim))
+        for key_dim, value_dim in ((64, 64), (128, 128), (192, 128), (256, 256))
+        for group in (1, 2, 4)
+    },
+}
 # The paper's shape; it at the width that dense kernels support, also with so few tokens that all
 # blocks are selected, and with many such sequences packed; packed, first a layer of
 # configs/100m-16k.yaml; with groups so large that a step has a part of the heads of a token; a
-# single row, since Triton makes a constant of an integer argument of 1; groups that tiles pad, also
-# at a width that they pad; and groups that are small, whose tiles hold many tokens. The last two
-# and all groups of 256 dims run the kernels in the launch table, wholly or in part.
+# single row, since Triton makes a constant of an integer argument of 1; groups that tiles pad; and
+# those above.
 LAYERS = {
     "paper-d128": Layer(heads=(64, 4), dims=(128, 128)),
     "short-d128": Layer(heads=(64, 4), dims=(128, 128), seq_len=1024),
@@ -78,16 +87,7 @@ LAYERS = {
     "group7-d128": Layer(heads=(28, 4), dims=(128, 128)),
     "group24-d128": Layer(heads=(24, 1), dims=(128, 128)),
     "group48-d64-packed": Layer(heads=(48, 1), dims=(64, 64), packed=True),
-    **{
-        f"group{size}-d{dim}": Layer(heads=(2 * size, 2), dims=(dim, dim))
-        for dim in (96, 256)
-        for size in (8, *PADDED)
-    },
-    **{
-        f"group{group}-d{key_dim}": Layer(heads=heads, dims=(key_dim, value_dim))
-        for key_dim, value_dim in ((64, 64), (128, 128), (192, 128), (256, 256))
-        for group, heads in SMALL.items()
-    },
+    **GROUPED,
 }
 TRAINING = ("compress", "compress-backward", "forward", "backward")
 ALONE = (
@@ -102,11 +102,8 @@ ALONE = (
 )
 # Layers of which only the kernels in the launch table are compiled: others do not differ much from
 # layer to layer, and each takes seconds.
-TILES_ONLY = {
-    *("group1-d64", "group4-d64"),
-    *(f"group{size}-d96" for size in (8, *PADDED)),
-    *(f"group{size}-d256" for size in (*SMALL, 8, *PADDED)),
-}
+TILES_ONLY = {"group1-d64", "group4-d64"}
+TILES_ONLY |= {name for name in GROUPED if name.endswith(("-d96", "-d256"))}
 # For each layer and architecture, the steps that are compiled.
 COMPILED = {
     ("paper-d128", 90): (*TRAINING, *ALONE),
@@ -121,16 +118,7 @@ COMPILED = {
     ("group7-d128", 90): ("forward", "backward"),
     ("group24-d128", 90): ("forward", "backward"),
     ("group48-d64-packed", 90): ("forward", "backward"),
-    **{
-        (f"group{size}-d{dim}", 90): ("forward", "backward")
-        for dim in (96, 256)
-        for size in (8, *PADDED)
-    },
-    **{
-        (f"group{group}-d{key_dim}", 90): ("forward", "backward")
-        for key_dim in (64, 128, 192, 256)
-        for group in SMALL
-    },
+    **{(name, 90): ("forward", "backward") for name in GROUPED},
 }
 
 

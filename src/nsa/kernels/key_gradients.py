@@ -163,11 +163,12 @@ def range_dkv_kernel(
     b_dk = tl.zeros([BN, DKP], tl.float32)
     b_dv = tl.zeros([BN, DVP], tl.float32)
     o_m = tl.arange(0, BM)
+    o_q = o_m // GP
+    o_g = o_m % GP
     for t in range(low, high, BQ):
-        o_t = t + o_m // GP
-        o_g = o_m % GP
+        o_t = t + o_q
         m_row = (o_t < high) & (o_g < G)
-        p_row = (q_0 + t) * H + i_k * G + (o_m // GP * H + o_g)
+        p_row = (q_0 + t) * H + i_k * G + (o_q * H + o_g)
         position = q_offset + o_t
         if WINDOW > 0:
             m_see = o_n[:, None] <= position[None, :]

@@ -46,12 +46,11 @@ def rows_a_token(q: Tensor, k: Tensor) -> int:
 def heads(q: Tensor, k: Tensor, v: Tensor | None = None) -> dict[str, int]:
     """Head counts and head dims as kernel arguments."""
     num_heads, num_kv_heads, key_dim = q.shape[-2], k.shape[-2], q.shape[-1]
-    group = num_heads // num_kv_heads
     sizes = {
         "H": num_heads,
         "K": num_kv_heads,
-        "G": group,
-        "GP": next_power_of_2(group),
+        "G": num_heads // num_kv_heads,
+        "GP": rows_a_token(q, k),
         "DK": key_dim,
         "DKP": padded_dim(key_dim),
     }
